@@ -1,0 +1,43 @@
+"""distset: deep functions of sets that do not fit in memory."""
+
+from distset.encode import Exact, Full, Sampled, Subset, encode_set, encode_state
+from distset.encoders import (
+    DSMIL,
+    SSE,
+    UMBC,
+    AttentionPool,
+    ChunkEncoder,
+    DeepSets,
+    Features,
+    HierarchicalSSE,
+    MaxInstance,
+    Parallel,
+    Sweeps,
+)
+from distset.sets import Chunk, ChunkedSet, InMemory, pad_sets
+
+__all__ = [
+    "DSMIL",
+    "SSE",
+    "UMBC",
+    "AttentionPool",
+    "Chunk",
+    "ChunkEncoder",
+    "ChunkedSet",
+    "DeepSets",
+    "Exact",
+    "Features",
+    "Full",
+    "HierarchicalSSE",
+    "InMemory",
+    "MaxInstance",
+    "Parallel",
+    "Sampled",
+    "Subset",
+    "Sweeps",
+    "encode_set",
+    "encode_state",
+    "pad_sets",
+]
+
+__version__ = "0.1.0"
