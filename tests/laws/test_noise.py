@@ -1,0 +1,86 @@
+"""Each noise has the distribution that it names."""
+
+import pickle
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from distset.noise import Gumbel, Normal, SumOfGamma, TwoPoint, Uniform
+
+ALL = [Gumbel(0.7), SumOfGamma(5), TwoPoint(0.4), Uniform(0.4), Normal(0.3)]
+
+
+def draw(noise, shape, seed=0, dtype=torch.float64):
+    return noise.sample(shape, torch.Generator().manual_seed(seed), dtype)
+
+
+@pytest.mark.parametrize("noise", ALL, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_seed_names_the_draw(noise, dtype):
+    first, again, other = (draw(noise, (50, 4), seed, dtype) for seed in (1, 1, 2))
+    assert first.dtype == dtype
+    assert first.shape == (50, 4)
+    assert first.isfinite().all()
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("noise", ALL, ids=repr)
+def test_global_randomness_is_left_alone(noise):
+    before = torch.get_rng_state()
+    draw(noise, (10,))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(draw(pickle.loads(pickle.dumps(noise)), (10,)), draw(noise, (10,)))
+
+
+@pytest.mark.parametrize(
+    ("noise", "law"),
+    [
+        (Gumbel(0.7), scipy.stats.gumbel_r(scale=0.7)),
+        (Uniform(0.4), scipy.stats.uniform(-0.2, 0.4)),
+        (Normal(0.3), scipy.stats.norm(scale=0.3)),
+    ],
+    ids=repr,
+)
+def test_kolmogorov_smirnov(noise, law):
+    assert scipy.stats.kstest(draw(noise, (50_000,)).numpy(), law.cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 3, 10])
+def test_k_sums_of_gamma_add_up_to_a_gumbel(k):
+    # With s terms the sum lacks the tail of the series: about 1 / (2 s) in mean and 1 / s in variance.
+    total = draw(SumOfGamma(k, scale=0.7, terms=400), (10_000, k)).sum(-1).numpy()
+    assert scipy.stats.kstest(total, scipy.stats.gumbel_r(scale=0.7).cdf).pvalue > 1e-3
+
+
+def test_argmax_of_gumbel_perturbed_logits_is_a_categorical_draw():
+    logits = torch.tensor([0.3, -1.0, 1.2, 0.0], dtype=torch.float64)
+    picked = (logits + draw(Gumbel(), (40_000, 4))).argmax(-1)
+    counts = np.bincount(picked.numpy(), minlength=4)
+    assert scipy.stats.chisquare(counts, 40_000 * logits.softmax(-1).numpy()).pvalue > 1e-3
+
+
+def test_two_points_are_half_the_width_away():
+    values = draw(TwoPoint(0.4), (10_000,))
+    assert set(values.tolist()) == {-0.2, 0.2}
+    assert abs(values.mean()) < 4 * 0.2 / 100
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Gumbel(0.0), "scale"),
+        (lambda: Gumbel(float("inf")), "scale"),
+        (lambda: SumOfGamma(0), "k"),
+        (lambda: SumOfGamma(3, terms=0), "terms"),
+        (lambda: SumOfGamma(3, scale=-1.0), "scale"),
+        (lambda: TwoPoint(-0.1), "width"),
+        (lambda: Uniform(float("nan")), "width"),
+        (lambda: Normal(-1.0), "scale"),
+    ],
+)
+def test_wrong_parameters_are_named(make, name):
+    with pytest.raises(ValueError, match=rf"^{name}: got .* wanted"):
+        make()
