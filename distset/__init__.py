@@ -1,5 +1,6 @@
 """distset: deep functions of sets that do not fit in memory."""
 
+from distset.blocks import ISAB, MAB, MLP, PMA, SAB, DiffEM, FSPool, SetTransformer
 from distset.encode import Exact, Full, Sampled, Subset, encode_set, encode_state
 from distset.encoders import (
     DSMIL,
@@ -18,6 +19,11 @@ from distset.sets import Chunk, ChunkedSet, InMemory, pad_sets
 
 __all__ = [
     "DSMIL",
+    "ISAB",
+    "MAB",
+    "MLP",
+    "PMA",
+    "SAB",
     "SSE",
     "UMBC",
     "AttentionPool",
@@ -25,7 +31,9 @@ __all__ = [
     "ChunkEncoder",
     "ChunkedSet",
     "DeepSets",
+    "DiffEM",
     "Exact",
+    "FSPool",
     "Features",
     "Full",
     "HierarchicalSSE",
@@ -33,6 +41,7 @@ __all__ = [
     "MaxInstance",
     "Parallel",
     "Sampled",
+    "SetTransformer",
     "Subset",
     "Sweeps",
     "encode_set",
