@@ -219,7 +219,7 @@ class UMBC(ChunkEncoder):
         return (by_head - by_head.logsumexp(-2, keepdim=True)).reshape(shape)
 
     def readout(self, state: Softmax, query: Slots) -> Tensor:
-        pooled = state.value() if self.normalize else state.total
+        pooled = (state.value() if self.normalize else state.total).to(query.projected.dtype)
         if self.fold:
             pooled = pooled.unflatten(-2, (self.heads, self.slots))
             pooled = pooled @ self.to_value.weight.view(self.heads, self.width, -1).mT

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Max", "Mean", "Product", "Softmax", "State", "Sum", "TopK", "merge_tree", "tree_nodes"]
+__all__ = ["Max", "Mean", "Product", "Softmax", "State", "Sum", "TopK", "merge_nodes", "merge_siblings", "merge_tree"]
 
 
 class State(Protocol):
@@ -228,21 +228,38 @@ def _rescale(shift: Tensor, new_shift: Tensor) -> Tensor:
 S = TypeVar("S", bound=State)
 
 
-def tree_nodes(states: Iterable[tuple[int, S]]) -> list[tuple[int, int, S]]:
-    """Merge indexed states into the maximal nodes of the fixed binary tree over chunk indices.
+Node = tuple[int, int, S]
+"""A node ``(level, position, state)`` of the merge tree: chunks ``position * 2**level`` up to the next node's first."""
 
-    Node ``(level, position)`` covers chunks ``position * 2**level`` to ``(position + 1) * 2**level - 1``. Two nodes are
-    merged only where they are siblings, so a node's bits do not depend on who computed it, and a contiguous run of
-    chunks leaves O(log run) nodes behind. Indices must ascend; returns ``(level, position, state)`` by position.
+
+def merge_siblings(nodes: Iterable[Node[S]]) -> list[Node[S]]:
+    """Merge nodes of the fixed binary tree over chunk ids, given by ascending position, as far as siblings meet.
+
+    Only siblings are merged, so a node's bits do not depend on who computed it, and a contiguous run of chunks, each a
+    node ``(0, id, state)``, leaves O(log run) nodes behind: what a worker sends up.
     """
-    nodes: list[tuple[int, int, S]] = []
-    for index, state in states:
-        level, position = 0, index
-        while nodes and nodes[-1][0] == level and nodes[-1][1] == position - 1 and position % 2 == 1:
-            state = nodes.pop()[2].merge(state)
+    merged: list[Node[S]] = []
+    for level, position, state in nodes:
+        while merged and position % 2 == 1 and merged[-1][:2] == (level, position - 1):
+            state = merged.pop()[2].merge(state)
             level, position = level + 1, position // 2
-        nodes.append((level, position, state))
-    return nodes
+        merged.append((level, position, state))
+    return merged
+
+
+def merge_nodes(nodes: Iterable[Node[S]]) -> S:
+    """Merge nodes that cover chunks 0 to the last, by ascending position; the ragged end is folded from the right.
+
+    Raises:
+        ValueError: if there are no nodes.
+    """
+    merged = merge_siblings(nodes)
+    if not merged:
+        raise ValueError("states: got no state to merge, wanted at least one chunk; the set is empty")
+    total = merged[-1][2]
+    for _, _, state in reversed(merged[:-1]):
+        total = state.merge(total)
+    return total
 
 
 def merge_tree(states: Iterable[S]) -> S:
@@ -251,14 +268,4 @@ def merge_tree(states: Iterable[S]) -> S:
     Raises:
         ValueError: if there are no states.
     """
-    return merge_nodes(tree_nodes(enumerate(states)))
-
-
-def merge_nodes(nodes: list[tuple[int, int, S]]) -> S:
-    """Merge tree nodes (by ascending position, covering every chunk) from the right: small nodes first."""
-    if not nodes:
-        raise ValueError("states: got no state to merge, wanted at least one chunk; the set is empty")
-    total = nodes[-1][2]
-    for _, _, state in reversed(nodes[:-1]):
-        total = state.merge(total)
-    return total
+    return merge_nodes((0, id, state) for id, state in enumerate(states))
