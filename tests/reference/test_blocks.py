@@ -77,7 +77,7 @@ def test_sab_isab_pma_are_their_formulas():
 def test_fspool_is_its_formula(pieces):
     block = build(FSPool(DIM, pieces))
     x, mask, sizes = sets()
-    got = block(x, mask).flatten(0, 1)
+    got = block(x, mask).flatten(0, 1).detach()
     for i, one in enumerate(each(x, sizes)):
         for d in range(DIM):
             ordered = sorted(one[:, d].tolist(), reverse=True)
@@ -139,6 +139,7 @@ def test_diffem_is_expectation_maximization(tau):
             torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10)
 
 
+@torch.no_grad()
 def objective(block: DiffEM, x: torch.Tensor) -> float:
     """The log-posterior of `DiffEM`'s docstring, by torch.distributions."""
     fitted = block.fit(x)
