@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import comb, prod
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -233,7 +234,7 @@ def encode_state(
     inputs = _Inputs.of(encoder, query)
     sweep = _Sweep(encoder, inputs.detached(), seed, _Precision.current(inputs))
     if not torch.is_grad_enabled() or not inputs.differentiable:
-        return set.merge(_chunk_state, sweep), query
+        return _merged(set, sweep), query
     if isinstance(grad, Full):
         return _full(set, sweep._replace(query=query)), query
     picks, total = _forward(set, sweep, grad, generator_for(seed, "choice"))
@@ -263,10 +264,12 @@ class _Precision(NamedTuple):
             dtype = self.autocast if chunk.elements.dtype == torch.float16 else None
         return chunk.to(self.device or chunk.elements.device, dtype)
 
-    def context(self) -> torch.autocast:
+    def context(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
         # No weight cache: weights cast in a sweep without a graph must not be met again in a replay with one.
         kind = "cpu" if self.device is None else self.device.type
-        return torch.autocast(kind, dtype=self.autocast, enabled=self.autocast is not None, cache_enabled=False)
+        return torch.autocast(kind, dtype=self.autocast, cache_enabled=False)
 
 
 class _Sweep(NamedTuple):
@@ -378,7 +381,16 @@ def _forward(set: ChunkedSet, sweep: _Sweep, grad: Gradient, generator: torch.Ge
         weighed = set.merge(_chunk_weighed, sweep)
         return grad.picks(weighed.log_mass.cpu(), generator), weighed.state
     picks = grad.picks(set.num_chunks, generator)  # before the sweep: bad counts are said at once
-    return picks, set.merge(_chunk_state, sweep)
+    return picks, _merged(set, sweep)
+
+
+def _merged(set: ChunkedSet, sweep: _Sweep) -> Any:
+    """The state of the whole set without a graph; small chunks go together where the encoder says that it may be."""
+    sizes, block = set.sizes, getattr(sweep.encoder, "block", 0)
+    factor = 1
+    while 2 * factor * max(sizes) <= block and factor < len(sizes):
+        factor *= 2  # a power of two fixed by the chunk size alone: who sweeps does not change the value's bits
+    return (set if factor == 1 else set.coarser(factor)).merge(_chunk_state, sweep)
 
 
 def _full(set: ChunkedSet, sweep: _Sweep) -> Any:

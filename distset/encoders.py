@@ -37,7 +37,14 @@ ACTIVATIONS = ("softmax", "sigmoid", "slot-sigmoid", "slot-softmax", "slot-exp")
 
 
 class ChunkEncoder(nn.Module):
-    """The base of every set encoder; subclasses give ``encode`` and, where needed, ``query`` and ``readout``."""
+    """The base of every set encoder; subclasses give ``encode`` and, where needed, ``query`` and ``readout``.
+
+    Attributes:
+        block: sweeps without a graph may take small chunks together, up to so many elements. Only for an encoder whose
+            ``encode`` draws nothing random (a chunk's dropout follows its id) and is light on memory; 0 forbids it.
+    """
+
+    block: int = 0
 
     def query(self, batch_shape: torch.Size, generator: torch.Generator, condition: Any = None) -> tuple[Any, ...]:
         """What all chunks share: a (named) tuple of tensors, drawn from ``generator`` where random."""
@@ -142,6 +149,8 @@ class UMBC(ChunkEncoder):
         >>> whole.shape, torch.allclose(whole, parts, atol=1e-6)
         (torch.Size([3, 4, 8]), True)
     """
+
+    block = 8192  # fewest calls; from here on the time an element is flat
 
     def __init__(
         self,
@@ -486,6 +495,8 @@ def _accumulable(x: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in the precision of states, whatever autocast would do: logits and sums must not be rounded to halves."""
+    if not torch.is_autocast_enabled(a.device.type):
+        return _accumulable(a) @ _accumulable(b)
     with torch.autocast(a.device.type, enabled=False):
         return _accumulable(a) @ _accumulable(b)
 
@@ -496,10 +507,12 @@ def _pool(log_weights_KN: Tensor, values_ND: Tensor, mask: Tensor | None, normal
         log_weights_KN = log_weights_KN.masked_fill(~mask.unsqueeze(-2), -torch.inf)
         values_ND = values_ND.masked_fill(~mask.unsqueeze(-1), 0.0)
     shift = log_weights_KN.detach().amax(-1, keepdim=True)
-    safe = shift.masked_fill(shift == -torch.inf, 0.0) if normalize else torch.zeros_like(shift)
-    weights_KN = torch.exp(log_weights_KN - safe)
-    mass = weights_KN.sum(-1, keepdim=True)
-    return Softmax(_product(weights_KN, values_ND), mass, shift if normalize else safe)
+    shift = shift.clamp_min(torch.finfo(shift.dtype).min) if normalize else torch.zeros_like(shift)
+    if torch.is_grad_enabled() or log_weights_KN.dtype != shift.dtype:
+        weights_KN = torch.exp(log_weights_KN - shift)
+    else:  # a sweep owns its logits: no second and third tensor of their size
+        weights_KN = log_weights_KN.sub_(shift).exp_()
+    return Softmax(_product(weights_KN, values_ND), weights_KN.sum(-1, keepdim=True), shift)
 
 
 def _max_state(h_ND: Tensor, chunk: Chunk) -> Max:

@@ -87,6 +87,10 @@ class ChunkedSet(ABC):
         assert total is not None, "a set has at least one chunk"
         return total
 
+    def coarser(self, factor: int) -> ChunkedSet:
+        """The same set with ``factor`` successive chunks in one, where that costs nothing; else the set itself."""
+        return self
+
     @property
     def num_chunks(self) -> int:
         return len(self.sizes)
@@ -155,6 +159,10 @@ class InMemory(ChunkedSet):
         elements = self.elements.narrow(-self.element_ndim - 1, start, stop - start)
         mask = None if self.mask is None else self.mask[..., start:stop]
         return Chunk(elements, mask, index, start, self.element_ndim)
+
+    def coarser(self, factor: int) -> InMemory:
+        bounds = [*self.bounds[:-1:factor], self.bounds[-1]]
+        return InMemory(self.elements, bounds=bounds, mask=self.mask, element_ndim=self.element_ndim, name=self.name)
 
     def map(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Iterator[Any]:
         for index in range(self.num_chunks) if ids is None else ids:

@@ -85,8 +85,8 @@ class Softmax(NamedTuple):
     r"""Softmax attention over the elements, exact for any logits.
 
     ``total = sum_i exp(a_i - shift) v_i`` of shape ``(*, K, D)``, ``mass = sum_i exp(a_i - shift)`` and ``shift = max_i
-    a_i``, both ``(*, K, 1)``. The value ``total / mass`` is the softmax-weighted mean of ``v``. A chunk without elements
-    (all masked) has ``shift = -inf`` and ``mass = 0``.
+    a_i``, both ``(*, K, 1)`` and the shift without a gradient. The value ``total / mass`` is the softmax-weighted mean of
+    ``v``. A chunk without elements (all masked) has ``mass = 0`` and the lowest finite ``shift``.
     """
 
     total: Tensor
@@ -95,14 +95,15 @@ class Softmax(NamedTuple):
 
     def merge(self, other: Softmax) -> Softmax:
         shift = torch.maximum(self.shift, other.shift)
-        ours, theirs = _rescale(self.shift, shift), _rescale(other.shift, shift)
-        return Softmax(self.total * ours + other.total * theirs, self.mass * ours + other.mass * theirs, shift)
+        ours, theirs = torch.exp(self.shift - shift), torch.exp(other.shift - shift)
+        total = torch.addcmul(self.total * ours, other.total, theirs)
+        return Softmax(total, torch.addcmul(self.mass * ours, other.mass, theirs), shift)
 
     def value(self) -> Tensor:
         return self.total / self.mass
 
     def summands(self, total: Softmax) -> tuple[Tensor, ...]:
-        scale = _rescale(self.shift, total.shift)
+        scale = torch.exp(self.shift - total.shift)
         return self.total * scale, self.mass * scale
 
     def with_sums(self, sums: tuple[Tensor, ...]) -> Softmax:
@@ -217,12 +218,6 @@ class Product(NamedTuple):
         masses = [state.log_mass() for state in self.states]
         batch = min((mass.shape for mass in masses), key=len)
         return torch.cat([mass.reshape(*batch, -1) for mass in masses], -1)
-
-
-def _rescale(shift: Tensor, new_shift: Tensor) -> Tensor:
-    """``exp(shift - new_shift)`` without a gradient, 0 (not nan) where both are -inf."""
-    shift, new_shift = shift.detach(), new_shift.detach()
-    return torch.exp(shift - new_shift.masked_fill(new_shift == -torch.inf, 0.0))
 
 
 S = TypeVar("S", bound=State)

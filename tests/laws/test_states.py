@@ -22,7 +22,11 @@ def states(kind: str) -> list:
         "softmax-with-an-empty-chunk": lambda i: (
             Softmax(draw(2, 3), draw(2, 1).exp(), draw(2, 1))
             if i
-            else Softmax(torch.zeros(2, 3).double(), torch.zeros(2, 1).double(), torch.full((2, 1), -torch.inf).double())
+            else Softmax(
+                torch.zeros(2, 3).double(),
+                torch.zeros(2, 1).double(),
+                torch.full((2, 1), torch.finfo(torch.float64).min, dtype=torch.float64),
+            )
         ),
         "max": lambda i: Max(draw(3), torch.ones(3).double()),
         "max-with-ties": lambda i: Max(torch.tensor([1.0, float(i)]).double(), torch.tensor([i + 1.0, 1.0]).double()),
