@@ -1,0 +1,109 @@
+"""Checkpoints that are whole or not there: written beside, flushed to disk, renamed into place.
+
+``last/state.pt`` is everything a run needs to go on: model, optimiser, progress, the best weights so far and the history.
+``best/state.pt`` is what a trained model needs: weights and how to rebuild it. Both are plain dicts of tensors, numbers and
+strings, loaded without unpickling code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Checkpoints", "check_weights", "read_state", "write_atomically"]
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder.
+
+    Args:
+        folder: holds ``last/state.pt`` and ``best/state.pt``; made when needed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._best_step: int | None = None
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write ``state`` as the last checkpoint, and its best weights where they are new."""
+        best = state["best"]
+        if best is not None and best["step"] != self._best_step:
+            self._write("best", {"format": FORMAT, "model": best["model"], "meta": state["meta"], "step": best["step"]})
+            self._best_step = best["step"]
+        self._write("last", {"format": FORMAT, **state})
+
+    def load(self) -> dict[str, Any] | None:
+        """The last state, or None where nothing was saved yet."""
+        path = self.folder / "last" / "state.pt"
+        return read_state(path) if path.exists() else None
+
+    def _write(self, name: str, state: dict[str, Any]) -> None:
+        path = self.folder / name / "state.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save(state, file))
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
+    """Call ``write`` on a file beside ``path`` and rename it into place once it is on disk.
+
+    Whoever reads ``path`` meets the old content or the new one, whenever the writer is killed.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A saved state, on the CPU.
+
+    Raises:
+        ValueError: for a file that is not there, not a checkpoint, or of another format.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"checkpoint: found no file {path}; train first, or name the folder that holds checkpoints/")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and key errors, by what is wrong with the file
+        raise ValueError(f"checkpoint: {path} cannot be read ({error}); wanted one that fit() wrote") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"checkpoint: {path} has format {found}, wanted {FORMAT}; it is not one that fit() wrote")
+    return state
+
+
+def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str = "checkpoint") -> None:
+    """Raise where ``weights`` are another model's.
+
+    Raises:
+        ValueError: names the first parameters that are missing, too many, or of another shape.
+    """
+    own = model.state_dict()
+    problems = [f"lacks {key}" for key in own if key not in weights]
+    problems += [f"has {key}, which the model lacks" for key in weights if key not in own]
+    problems += [
+        f"has {key} of shape {tuple(weights[key].shape)}, wanted {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"{source}: is of another model: it {'; '.join(problems[:3])}{more}. Use the configuration it was trained "
+            f"with, or another folder"
+        )

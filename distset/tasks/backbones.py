@@ -1,0 +1,158 @@
+"""Feature extractors that go inside the encoder: elements ``(M, *element)`` to features ``(M, D)``, trained end to end.
+
+Each is a function of the element's shape and its own settings, so that a configuration need not repeat what the data says.
+None has BatchNorm in training mode: with it, an element's features would depend on which others share its chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from distset.sets import Chunk, ChunkedSet
+from distset.train import World
+
+__all__ = ["Pixels", "Standardise", "cnn", "external", "mlp", "standardise"]
+
+
+class Pixels(nn.Module):
+    """Bytes 0..255 to normalised floats, ``(x / 255 - mean) / std`` by channel.
+
+    Args:
+        channels: of the images.
+        mean, std: one number for all channels, or one each.
+    """
+
+    def __init__(self, channels: int, mean: float | Sequence[float] = 0.5, std: float | Sequence[float] = 0.5) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        for name, figures in (("mean", mean), ("std", std)):
+            value = torch.as_tensor(figures, dtype=torch.float32).expand(channels)
+            self.register_buffer(name, value.reshape(channels, 1, 1).clone(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+
+class Standardise(nn.Module):
+    """Features to mean 0 and deviation 1, by the statistics of the training elements (see `fit`); features that do not
+    vary are only centred."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+    def fit(self, sets: Iterable[ChunkedSet]) -> None:
+        """Measure mean and deviation over all elements in one sweep; each process reads the sets it is given."""
+        total = torch.zeros(2 * len(self.mean) + 1, dtype=torch.float64)
+        for set in sets:
+            total += torch.cat(set.merge(_moments))
+        World().add_up([total])
+        n, first, second = total[0], *total[1:].view(2, -1)
+        variance = (second / n - (first / n) ** 2).clamp_min(0)
+        flat = variance <= 1e-12 * (second / n)
+        self.mean.copy_(first / n)
+        self.std.copy_(torch.where(flat, 1.0, variance.sqrt()))
+
+
+class _Moments(NamedTuple):
+    n: Tensor
+    first: Tensor
+    second: Tensor
+
+    def merge(self, other: _Moments) -> _Moments:
+        return _Moments(*(a + b for a, b in zip(self, other)))
+
+
+def _moments(chunk: Chunk) -> _Moments:
+    x = chunk.elements.double()
+    return _Moments(torch.tensor([float(chunk.size)], dtype=torch.float64), x.sum(0), x.square().sum(0))
+
+
+def standardise(shape: Sequence[int]) -> nn.Module:
+    """Vectors as they are, standardised."""
+    return Standardise(_dim(shape))
+
+
+def mlp(shape: Sequence[int], *, width: int = 128, dropout: float = 0.0) -> nn.Module:
+    """Standardised vectors through one hidden layer's worth of features, as most users of frozen features do."""
+    dim = _dim(shape)
+    return nn.Sequential(Standardise(dim), nn.Linear(dim, width), nn.ReLU(), nn.Dropout(dropout))
+
+
+def cnn(shape: Sequence[int], *, widths: Sequence[int] = (16, 32), dim: int = 64, dropout: float = 0.0) -> nn.Module:
+    """A small convolutional network for small images: blocks of 3x3 convolution, GroupNorm, ReLU and 2x2 pooling.
+
+    Args:
+        shape: ``(channels, height, width)``, bytes.
+        widths: channels of each block; each halves the image.
+        dim: width of the features.
+    """
+    channels, height, width = _image(shape)
+    if min(height, width) >> len(widths) == 0:
+        raise ValueError(f"widths: got {len(widths)} blocks, too many halvings for images of {height} x {width}")
+    layers: list[nn.Module] = [Pixels(channels)]
+    for before, after in zip([channels, *widths], widths):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(min(4, after), after), nn.ReLU(), nn.MaxPool2d(2)]
+    flat = widths[-1] * (height >> len(widths)) * (width >> len(widths))
+    layers += [nn.Flatten(), nn.Dropout(dropout), nn.Linear(flat, dim), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def external(
+    shape: Sequence[int],
+    *,
+    module: nn.Module,
+    mean: float | Sequence[float] = (0.485, 0.456, 0.406),
+    std: float | Sequence[float] = (0.229, 0.224, 0.225),
+    frozen: bool = False,
+) -> nn.Module:
+    """Anybody's network on images, such as a timm or torchvision model without its classifier.
+
+    Args:
+        module: ``(M, channels, height, width)`` normalised floats to ``(M, D)``; its configuration names any callable by its
+            dotted path (``module: {_target_: timm.create_model, model_name: resnet18, num_classes: 0, pretrained: true}``).
+        mean, std: of the normalisation, ImageNet's unless told.
+        frozen: not trained, and kept in eval mode, where BatchNorm is a fixed function.
+    """
+    return nn.Sequential(Pixels(_image(shape)[0], mean, std), Frozen(module) if frozen else module)
+
+
+class Frozen(nn.Module):
+    """A network that is not trained and stays in eval mode."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Frozen:
+        return super().train(False)
+
+    def forward(self, x: Any) -> Any:
+        with torch.no_grad():
+            return self.module(x)
+
+
+def _dim(shape: Sequence[int]) -> int:
+    if len(shape) != 1:
+        raise ValueError(f"backbone: is for vectors, but elements have shape {tuple(shape)}; images need backbone=cnn")
+    return shape[0]
+
+
+def _image(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise ValueError(
+            f"backbone: is for images (channels, height, width), but elements have shape {tuple(shape)}; vectors take "
+            f"backbone=mlp, backbone=standardise or backbone=none"
+        )
+    return shape[0], shape[1], shape[2]

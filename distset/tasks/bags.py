@@ -1,0 +1,205 @@
+"""The bag classifier: a set of any size in, class probabilities out (multiple instance learning).
+
+`BagModel` is an encoder (with a feature extractor inside it where elements are images) and a head; `BagTask` adds loss,
+prediction and metrics; `bag_task` puts one together from plain configuration. Two classes have one logit, more have one
+each. A head may return several tensors of logits (DS-MIL's two streams): the loss is the mean of theirs, the first one
+predicts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distset.build import build
+from distset.encode import encode_set
+from distset.encoders import ChunkEncoder, Features, Sweeps
+from distset.seeds import seeded
+from distset.sets import ChunkedSet
+from distset.train import Example
+
+__all__ = ["BagModel", "BagTask", "bag_metrics", "bag_task", "choose_threshold", "predicted_classes"]
+
+
+class BagModel(nn.Module):
+    """Logits of a set.
+
+    Args:
+        encoder: a `ChunkEncoder`, or `Sweeps` of several.
+        head: from the encoding to logits ``(C,)`` (one for two classes), or a tuple of such.
+        grad: the gradient strategy of `encode_set`; `Exact()` if None.
+    """
+
+    def __init__(self, encoder: ChunkEncoder | Sweeps, head: nn.Module, grad: Any = None) -> None:
+        super().__init__()
+        self.encoder, self.head, self.grad = encoder, head, grad
+
+    def forward(self, set: ChunkedSet, *, seed: int | None = None) -> tuple[Tensor, ...]:
+        logits = self.head(encode_set(self.encoder, set, grad=self.grad, seed=seed))
+        return logits if isinstance(logits, tuple) else (logits,)
+
+
+class BagTask:
+    """Loss, prediction and metrics of a bag classifier.
+
+    Args:
+        model: gives one logit for two classes, else one a class.
+        classes: the names; a target is an index into them. Of two, the second is the positive one.
+        class_weights: weight of each class in the loss; None for 1 each.
+
+    Raises:
+        ValueError: for fewer than two classes, weights of another number or not positive.
+    """
+
+    def __init__(self, model: BagModel, classes: Sequence[str], class_weights: Sequence[float] | None = None) -> None:
+        if len(classes) < 2:
+            raise ValueError(f"classes: got {list(classes)}, wanted at least two to tell apart")
+        if class_weights is not None and (len(class_weights) != len(classes) or min(class_weights) <= 0):
+            raise ValueError(f"class_weights: got {list(class_weights)}, wanted {len(classes)} positive numbers")
+        self.model, self.classes = model, list(classes)
+        self.class_weights = [1.0] * len(classes) if class_weights is None else list(class_weights)
+
+    @classmethod
+    def of(cls, encoder: ChunkEncoder | Sweeps, head: nn.Module, *, classes: Sequence[str], grad: Any = None) -> BagTask:
+        """A task from an encoder and a head."""
+        return cls(BagModel(encoder, head, grad), classes)
+
+    def loss(self, example: Example, *, seed: int) -> Tensor:
+        r"""Weighted cross-entropy :math:`-w_y \log p_y`, the mean over the streams of logits."""
+        target = int(example.target)
+        losses = [-log_p[target] for log_p in self._log_probabilities(example.set, seed)]
+        return self.class_weights[target] * torch.stack(losses).mean()
+
+    def predict(self, set: ChunkedSet) -> Tensor:
+        """Class probabilities ``(C,)``; the same set gives the same ones."""
+        return self._log_probabilities(set, seed=0)[0].exp()
+
+    def metrics(self, outputs: Sequence[Tensor], targets: Sequence[int]) -> dict[str, float]:
+        """`bag_metrics` at threshold 1/2, and the weighted log-loss that `loss` is for one set."""
+        probabilities = torch.stack(list(outputs)).double()
+        index = torch.as_tensor(targets)
+        log_p = probabilities[torch.arange(len(index)), index].clamp_min(1e-30).log()
+        weights = torch.tensor(self.class_weights, dtype=torch.float64)[index]
+        return {"loss": float(-(weights * log_p).mean()), **bag_metrics(probabilities, targets)}
+
+    def _log_probabilities(self, set: ChunkedSet, seed: int) -> list[Tensor]:
+        streams = self.model(set, seed=seed)
+        wanted = 1 if len(self.classes) == 2 else len(self.classes)
+        for logits in streams:
+            if logits.shape != (wanted,):
+                raise ValueError(
+                    f"model: gave logits of shape {tuple(logits.shape)} for one set, wanted ({wanted},) for the "
+                    f"{len(self.classes)} classes {', '.join(self.classes)}"
+                )
+        # One logit z is two, (0, z): their softmax is the sigmoid of z.
+        return [F.log_softmax(F.pad(z.float(), (1, 0)) if wanted == 1 else z.float(), -1) for z in streams]
+
+
+def bag_metrics(probabilities: Tensor, targets: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
+    """AUROC, balanced accuracy, F1 and accuracy of probabilities ``(N, C)``.
+
+    Two classes: the second one is predicted where its probability reaches ``threshold``. More: the likeliest one is, AUROC
+    is the macro mean of one class against the rest, F1 the macro mean. AUROC is nan where ``targets`` lack a class.
+    """
+    from sklearn import metrics
+
+    p, y = torch.as_tensor(probabilities).double().numpy(), torch.as_tensor(targets).numpy()
+    binary = p.shape[1] == 2
+    predicted = predicted_classes(torch.as_tensor(p), threshold).numpy()
+    every_class = len(set(y.tolist())) == p.shape[1]
+    auroc = math.nan
+    if every_class:
+        auroc = metrics.roc_auc_score(y, p[:, 1] if binary else p, multi_class="ovr")
+    present = sorted(set(y.tolist()))
+    recalls = [float((predicted[y == c] == c).mean()) for c in present]
+    f1 = metrics.f1_score(y, predicted, average="binary" if binary else "macro", zero_division=0.0)
+    return {
+        "auroc": float(auroc),
+        "balanced_accuracy": sum(recalls) / len(recalls),
+        "f1": float(f1),
+        "accuracy": float((predicted == y).mean()),
+    }
+
+
+def predicted_classes(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
+    """Class indices ``(N,)`` of probabilities ``(N, C)``: by threshold on the second of two classes, else the likeliest."""
+    if probabilities.shape[1] == 2:
+        return (probabilities[:, 1] >= threshold).long()
+    return probabilities.argmax(1)
+
+
+def choose_threshold(probabilities: Tensor, targets: Sequence[int]) -> float:
+    """The threshold of highest balanced accuracy on *validation* probabilities ``(N, 2)``; 1/2 for more than two classes.
+
+    Candidates lie midway between neighbouring probabilities; of equally good ones the nearest to 1/2 is taken.
+    """
+    p, y = torch.as_tensor(probabilities).double(), torch.as_tensor(targets)
+    if p.shape[1] != 2 or len(set(y.tolist())) < 2:
+        return 0.5
+    levels = p[:, 1].unique()
+    candidates = [0.5, *((levels[1:] + levels[:-1]) / 2).tolist()]
+
+    def quality(threshold: float) -> tuple[float, float]:
+        chosen = p[:, 1] >= threshold
+        score = (chosen[y == 1].double().mean() + (~chosen[y == 0]).double().mean()).item() / 2
+        return round(score, 12), -abs(threshold - 0.5)
+
+    return max(candidates, key=quality)
+
+
+def bag_task(
+    *,
+    model: Mapping[str, Any],
+    backbone: Mapping[str, Any] | None,
+    grad: Any,
+    element_shape: Sequence[int],
+    classes: Sequence[str],
+    class_weights: Sequence[float] | None = None,
+    seed: int = 0,
+) -> BagTask:
+    """A task from plain configuration (see `distset.build`).
+
+    Args:
+        model: builds encoder and head, given ``dim`` and ``outputs``.
+        backbone: builds the feature extractor ``(M, *element)`` to ``(M, D)``, given ``shape``; None for none.
+        grad: the gradient strategy, or its configuration.
+        element_shape: ``(D,)`` of vectors, ``(channels, height, width)`` of images.
+        classes, class_weights: as in `BagTask`.
+        seed: of the initial weights.
+    """
+    outputs = 1 if len(classes) == 2 else len(classes)
+    with seeded(seed, torch.device("cpu")):
+        extractor = None if backbone is None else build(backbone, "backbone", shape=tuple(element_shape))
+        dim = element_shape[0] if extractor is None else _width(extractor, element_shape)
+        if extractor is None and len(element_shape) != 1:
+            raise ValueError(
+                f"backbone: got none, but elements are {tuple(element_shape)}; images need one, such as backbone=cnn"
+            )
+        encoder, head = build(model, "model", dim=dim, outputs=outputs)
+    encoder = encoder if extractor is None else _inside(extractor, encoder)
+    return BagTask(BagModel(encoder, head, build(grad, "grad")), classes, class_weights)
+
+
+def _width(extractor: nn.Module, element_shape: Sequence[int]) -> int:
+    """The width of the features, by a look at one."""
+    mode = extractor.training
+    with torch.no_grad():
+        features = extractor.eval()(torch.zeros(1, *element_shape))
+    extractor.train(mode)
+    if features.dim() != 2:
+        raise ValueError(
+            f"backbone: gave {tuple(features.shape)} for one element, wanted (1, D); flatten or pool its output"
+        )
+    return features.shape[1]
+
+
+def _inside(extractor: nn.Module, encoder: ChunkEncoder | Sweeps) -> ChunkEncoder | Sweeps:
+    """The encoder (each of its sweeps) with the extractor inside."""
+    if isinstance(encoder, Sweeps):
+        return Sweeps(*(Features(extractor, stage) for stage in cast(Iterable[ChunkEncoder], encoder.stages)))
+    return Features(extractor, encoder)
