@@ -36,6 +36,14 @@ class Noise(ABC):
     ) -> Tensor:
         """A draw of the given shape; the generator lives on ``device``, None is torch's default one."""
 
+    def score(self, draw: Tensor) -> Tensor:
+        """``-d log p(draw) / d draw``, which the gradient of an expectation over the noise is made of.
+
+        Raises:
+            ValueError: for noise without a smooth density.
+        """
+        raise ValueError(f"noise: got {self}, which has no smooth density, wanted Normal or Gumbel")
+
     def __repr__(self) -> str:
         named = ", ".join(f"{name}={value}" for name, value in vars(self).items())
         return f"{type(self).__name__}({named})"
@@ -61,6 +69,9 @@ class Gumbel(Noise):
         wide = _at_least_float32(dtype)
         exponential = torch.empty(tuple(shape), dtype=wide, device=device).exponential_(generator=generator)
         return exponential.clamp_min_(torch.finfo(wide).tiny).log_().mul_(-self.scale).to(dtype)
+
+    def score(self, draw: Tensor) -> Tensor:
+        return -torch.expm1(-draw / self.scale) / self.scale
 
 
 class SumOfGamma(Noise):
@@ -145,11 +156,11 @@ class Normal(Noise):
     """Normal noise of mean 0 and standard deviation ``scale``.
 
     Raises:
-        ValueError: for a negative scale.
+        ValueError: for a scale that is not positive.
     """
 
-    def __init__(self, scale: float) -> None:
-        self.scale = _not_negative("scale", scale)
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = _positive("scale", scale)
 
     def sample(
         self,
@@ -159,6 +170,9 @@ class Normal(Noise):
         device: torch.device | str = "cpu",
     ) -> Tensor:
         return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=device).mul_(self.scale)
+
+    def score(self, draw: Tensor) -> Tensor:
+        return draw / self.scale**2
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -84,3 +84,17 @@ def test_two_points_are_half_the_width_away():
 def test_wrong_parameters_are_named(make, name):
     with pytest.raises(ValueError, match=rf"^{name}: got .* wanted"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("noise", "law"), [(Gumbel(0.7), scipy.stats.gumbel_r(scale=0.7)), (Normal(0.3), scipy.stats.norm(scale=0.3))], ids=repr
+)
+def test_score_is_the_slope_of_the_log_density(noise, law):
+    at, step = np.linspace(-1, 2, 31), 1e-5
+    slope = (law.logpdf(at + step) - law.logpdf(at - step)) / (2 * step)
+    np.testing.assert_allclose(noise.score(torch.tensor(at)).numpy(), -slope, atol=1e-7)
+
+
+def test_noise_without_a_density_has_no_score():
+    with pytest.raises(ValueError, match="no smooth density, wanted Normal or Gumbel"):
+        TwoPoint(0.2).score(torch.zeros(3))

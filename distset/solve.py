@@ -1,0 +1,422 @@
+r"""The verb `solve`: a combinatorial solver inside a network, with a gradient where none exists.
+
+:math:`y(w) = \arg\min_{y \in Y} \langle w, y\rangle` is piecewise constant, so its derivative is 0 or undefined. A strategy
+says what comes back instead, for a loss gradient :math:`g = \partial \ell / \partial y`. For a minimising solver:
+
+=============== ====================================================== =================
+strategy        gradient at ``w``                                      solver calls
+=============== ====================================================== =================
+`Identity`      ``P'(w) (-g)``, with ``y = y(P(w))``                   1
+`Blackbox`      ``(y(w + lam g) - y(w)) / lam``                        2
+`IMLE`          ``(y(w - e + lam g) - y(w - e)) / lam``, noise ``e``   2
+`Perturbed`     the Jacobian of ``E[y(w - e)]``, by its score          samples, batched
+=============== ====================================================== =================
+
+For a maximising solver ``g``, ``e`` and the result change their sign. Nothing is clipped or rescaled: gradient clipping is
+the training loop's business.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distset.noise import Noise
+from distset.projections import Projection, check_projection, projection_for
+from distset.seeds import generator_for
+from distset.solvers.base import Solver, Status, TensorSolver, as_solver, check_costs, solve_checked
+
+__all__ = [
+    "IMLE",
+    "Blackbox",
+    "CollapseAlarm",
+    "Identity",
+    "Informed",
+    "Perturbed",
+    "Solution",
+    "solve",
+    "solve_with_status",
+]
+
+AnySolver = Solver | Callable[[np.ndarray], np.ndarray]
+
+
+class Solution(NamedTuple):
+    """Solutions ``(*, *instance)``, carrying their gradient, and the `Status` of each search, int8 ``(*)``."""
+
+    value: Tensor
+    status: Tensor
+
+
+class Informed(NamedTuple):
+    """The margin that knows the answer: the true structure is made worse by ``width`` than it is, entry by entry.
+
+    ``w + width (y* - 1/2)`` for a cost, minus for a score: the network has to win by a margin.
+    """
+
+    width: float
+
+
+class Strategy(Protocol):
+    """What `solve` does with the costs ``(B, *instance)`` of a problem; gives ``(B, *instance)``."""
+
+    def __call__(self, cost: Tensor, problem: Problem) -> Tensor: ...
+
+
+def solve(
+    cost: Tensor,
+    solver: AnySolver,
+    *,
+    grad: Strategy | None = None,
+    truth: Tensor | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """The best structure for each cost, differentiable by the strategy ``grad``.
+
+    Args:
+        cost: ``(*, *instance)``, floating point; the solver says how many dimensions an instance has.
+        solver: a `Solver`, or a function from a numpy batch of costs to a numpy batch of solutions (all dimensions but the
+            first are then one instance, and the function minimises).
+        grad: `Identity()` (default), `Blackbox(lam)`, `IMLE(...)` or `Perturbed(...)`.
+        truth: the true structures ``(*, *instance)``, for an `Informed` margin.
+        seed: names the noise; None draws it from torch's default generator.
+
+    Returns:
+        Solutions of the shape, dtype and device of ``cost`` (float32 where costs are in half precision). An empty batch
+        gives an empty batch.
+
+    Raises:
+        ValueError: for costs that are not finite or that the solver forbids, a projection that is invalid for the
+            solver, a missing ``truth``, a solver that returns something else than feasible structures.
+        TimeoutError: where a time limit was hit and its policy is to fail.
+
+    Example:
+        >>> import torch
+        >>> from distset.solve import Identity, solve
+        >>> from distset.solvers import TopK
+        >>> score = torch.tensor([[0.1, 3.0, -1.0, 2.0]], requires_grad=True)
+        >>> chosen = solve(score, TopK(2), grad=Identity(projection="mean"))
+        >>> chosen
+        tensor([[0., 1., 0., 1.]], grad_fn=<...>)
+        >>> chosen[0, 1].backward()
+        >>> score.grad
+        tensor([[-0.2500,  0.7500, -0.2500, -0.2500]])
+    """
+    return solve_with_status(cost, solver, grad=grad, truth=truth, seed=seed).value
+
+
+def solve_with_status(
+    cost: Tensor,
+    solver: AnySolver,
+    *,
+    grad: Strategy | None = None,
+    truth: Tensor | None = None,
+    seed: int | None = None,
+) -> Solution:
+    """`solve`, and how each search ended, for solvers with a time limit; arguments as in `solve`."""
+    solver = as_solver(solver)
+    batch, instance = _split(cost, solver)
+    work = cost.reshape(-1, *instance)
+    work = work if work.dtype == torch.float64 else work.float()
+    check_costs(solver, work.detach())
+    if truth is not None and truth.shape != cost.shape:
+        raise ValueError(f"truth: got shape {tuple(truth.shape)}, wanted {tuple(cost.shape)}, the shape of the cost")
+    problem = Problem(
+        solver,
+        None if truth is None else truth.reshape(work.shape).to(work),
+        seed,
+        torch.is_grad_enabled() and cost.requires_grad,
+        [],
+    )
+    value = (Identity() if grad is None else grad)(problem.masked(work), problem)
+    dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
+    status = problem.statuses[0] if problem.statuses else torch.zeros(len(work), dtype=torch.int8)
+    return Solution(value.to(dtype).reshape(cost.shape), status.reshape(batch))
+
+
+class Problem(NamedTuple):
+    """What a strategy is handed beside the costs."""
+
+    solver: Solver
+    truth: Tensor | None
+    seed: int | None
+    training: bool
+    statuses: list[Tensor]
+
+    @property
+    def sign(self) -> float:
+        """1 where the solver minimises, -1 where it maximises."""
+        return 1.0 if self.solver.sense == "min" else -1.0
+
+    def masked(self, cost: Tensor) -> Tensor:
+        mask = self.solver.mask_for(tuple(cost.shape[1:]))
+        return cost if mask is None else torch.where(torch.as_tensor(mask, device=cost.device), cost, 0.0)
+
+    def run(self, cost: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Call the solver once: solutions, and which instances were left out (None: not one)."""
+        cost = self.masked(cost.detach())
+        if isinstance(self.solver, TensorSolver):
+            check_costs(self.solver, cost)
+            return self.solver.solve_tensor(cost), None
+        found = solve_checked(self.solver, cost.cpu().numpy())
+        status = torch.from_numpy(found.status)
+        self.statuses.append(status)
+        solutions = torch.as_tensor(found.solutions, dtype=cost.dtype, device=cost.device)
+        skipped = status == Status.NOTHING
+        return solutions, skipped.to(cost.device) if skipped.any() else None
+
+    def draw(self, noise: Noise, like: Tensor, *shape: int) -> Tensor:
+        """Noise in the shape of the costs (with ``shape`` in front), the same on every device."""
+        seed = int(torch.randint(2**62, ()).item()) if self.seed is None else self.seed
+        return noise.sample((*shape, *like.shape), generator_for(seed, "noise"), like.dtype).to(like.device)
+
+    def move(self, cost: Tensor, by: Tensor) -> Tensor:
+        """``cost + by``, clipped to the solver's domain; gradients pass straight through the clipping."""
+        moved = cost + by
+        if not self.solver.nonnegative:
+            return moved
+        return moved + (self.solver.clip(moved) - moved).detach()
+
+
+class Identity:
+    r"""The solver as a negative identity behind a projection: ``y(P(w))`` up, ``P'(w) (-g)`` down; one solver call.
+
+    Args:
+        projection: ``"auto"`` follows the solver's declaration; ``"none"``, ``"mean"``, ``"norm"``, ``"std"`` or
+            `Plane(a)` choose. One that would change the solution is refused.
+        margin: noise (`TwoPoint(width)` in the paper) or `Informed(width)`, put in before the projection, and only where a
+            gradient is wanted: evaluation sees the cost as it is.
+
+    References:
+        Sahoo et al. 2023, https://arxiv.org/abs/2205.15213 (eq. 4 to 10).
+    """
+
+    def __init__(self, projection: Projection = "auto", margin: Noise | Informed | None = None) -> None:
+        self.projection = check_projection(projection)
+        self.margin = margin
+
+    def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
+        prepared = _prepare(cost, problem, self.projection, self.margin)
+        solutions, skipped = problem.run(prepared)
+        return _PassThrough.apply(prepared, solutions, skipped, -problem.sign)
+
+    def __repr__(self) -> str:
+        return f"Identity(projection={self.projection!r}, margin={self.margin!r})"
+
+
+class Blackbox:
+    """The slope of the loss between two solver calls: ``(y(w + lam g) - y(w)) / lam``.
+
+    Args:
+        lam: how far to look, in units of cost over loss gradient: it depends on the scale of both.
+        projection, margin: as in `Identity`; the published method has neither.
+
+    References:
+        Vlastelica, Paulus, Musil, Martius, Rolínek 2020, "Differentiation of Blackbox Combinatorial Solvers",
+        https://arxiv.org/abs/1912.02175 (algorithm 1).
+    """
+
+    def __init__(self, lam: float, projection: Projection = "none", margin: Noise | Informed | None = None) -> None:
+        self.lam = _check_positive("lam", lam)
+        self.projection = check_projection(projection)
+        self.margin = margin
+
+    def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
+        return _Interpolate.apply(_prepare(cost, problem, self.projection, self.margin), problem, self.lam)
+
+    def __repr__(self) -> str:
+        return f"Blackbox({self.lam}, projection={self.projection!r}, margin={self.margin!r})"
+
+
+class IMLE:
+    """Implicit maximum-likelihood: a perturbed sample up, the finite difference of the same perturbed solver down.
+
+    The solution is a *sample*, at evaluation too. For S samples an instance, expand the costs by S: the gradient of the
+    mean loss is the mean over samples.
+
+    Args:
+        noise: `SumOfGamma(k)` for structures with k ones, `Gumbel()` for one.
+        lam: the step towards the target distribution. The gradient is divided by it, so that ``lam`` sets how far to look
+            and not how long a step is; published code leaves this to the learning rate.
+
+    References:
+        Niepert, Minervini, Franceschi 2021, https://arxiv.org/abs/2106.01798 (algorithm 1, eq. 9).
+    """
+
+    def __init__(self, noise: Noise, lam: float = 10.0) -> None:
+        self.noise = noise
+        self.lam = _check_positive("lam", lam)
+
+    def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
+        noise = problem.draw(self.noise, cost)
+        return _Interpolate.apply(problem.move(cost, -problem.sign * noise), problem, self.lam)
+
+    def __repr__(self) -> str:
+        return f"IMLE({self.noise!r}, lam={self.lam})"
+
+
+class Perturbed:
+    r"""The perturbed optimiser: the mean solution under noise, differentiable, its Jacobian by the score of the noise.
+
+    :math:`\bar y(w) = \mathbb E[y(w - e)]`, :math:`J^\top g = -\mathbb E[\langle g, y(w - e)\rangle\, s(e)]` with
+    :math:`s = -\nabla \log p`. Both from the same draws; the mean of the other draws is the baseline, which leaves the
+    gradient unbiased. Its value is a mean of structures and not a structure.
+
+    Args:
+        noise: `Normal(scale)` or `Gumbel(scale)`.
+        samples: draws an instance, at least 2; they are solved as one batch.
+
+    References:
+        Berthet, Blondel, Teboul, Cuturi, Vert, Bach 2020, "Learning with Differentiable Perturbed Optimizers",
+        https://arxiv.org/abs/2002.08676 (proposition 3.1).
+    """
+
+    def __init__(self, noise: Noise, samples: int = 10) -> None:
+        if samples < 2:
+            raise ValueError(f"samples: got {samples}, wanted at least 2: the others' mean is the baseline")
+        noise.score(torch.zeros(1))
+        self.noise, self.samples = noise, samples
+
+    def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
+        draws = problem.draw(self.noise, cost, self.samples)
+        moved = problem.move(cost.detach(), -problem.sign * draws)
+        solutions, skipped = problem.run(moved.flatten(0, 1))
+        if skipped is not None:
+            raise ValueError("grad: Perturbed cannot skip samples; use TimeLimit(seconds, then='best'), or Identity")
+        problem.statuses[:] = [s.reshape(self.samples, -1).amax(0) for s in problem.statuses]
+        return _MeanOfSamples.apply(cost, solutions.reshape(moved.shape), self.noise.score(draws), -problem.sign)
+
+    def __repr__(self) -> str:
+        return f"Perturbed({self.noise!r}, samples={self.samples})"
+
+
+class CollapseAlarm:
+    """Warns once when the norm of the costs falls below a fraction of what it was at first.
+
+    Without a margin or a projection a network can make its loss small by making all costs equal to 0, where solutions are
+    decided by rounding. Call it with the costs of every step; it returns their mean norm.
+
+    Args:
+        fraction: of the first mean norm.
+        ndim: dimensions of one instance.
+    """
+
+    def __init__(self, fraction: float = 0.1, ndim: int = 1) -> None:
+        self.fraction, self.ndim = fraction, ndim
+        self.first: float | None = None
+        self.rung = False
+
+    def __call__(self, cost: Tensor) -> float:
+        norm = cost.detach().flatten(-self.ndim).norm(dim=-1).mean().item()
+        if self.first is None:
+            self.first = norm
+        if not self.rung and norm < self.fraction * self.first:
+            self.rung = True
+            warnings.warn(
+                f"the mean cost norm fell from {self.first:.3g} to {norm:.3g}: the costs collapse; use a projection "
+                "(Identity(projection='auto')) or a margin (margin=TwoPoint(width))",
+                stacklevel=2,
+            )
+        return norm
+
+
+class _PassThrough(torch.autograd.Function):
+    """Solutions up; the gradient straight down, times ``sign``."""
+
+    @staticmethod
+    def forward(ctx: Any, cost: Tensor, solutions: Tensor, skipped: Tensor | None, sign: float) -> Tensor:
+        ctx.skipped, ctx.sign = skipped, sign
+        return solutions
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _leave_out(ctx.sign * g, ctx.skipped), None, None, None
+
+
+class _Interpolate(torch.autograd.Function):
+    """Solutions up; the finite difference towards the loss gradient down."""
+
+    @staticmethod
+    def forward(ctx: Any, cost: Tensor, problem: Problem, lam: float) -> Tensor:
+        solutions, ctx.skipped = problem.run(cost)
+        ctx.problem, ctx.lam = problem, lam
+        ctx.save_for_backward(cost, solutions)
+        return solutions.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        cost, solutions = ctx.saved_tensors
+        if not g.isfinite().all():
+            raise ValueError("the gradient of the loss with respect to the solutions has NaN or infinite entries")
+        sign = ctx.problem.sign
+        other, skipped = ctx.problem.run(ctx.problem.solver.clip(cost + sign * ctx.lam * g))
+        slope = sign * (other - solutions) / ctx.lam
+        return _leave_out(_leave_out(slope, ctx.skipped), skipped), None, None
+
+
+class _MeanOfSamples(torch.autograd.Function):
+    """The mean of solutions ``(S, B, *instance)`` up; the score-function gradient with leave-one-out baseline down."""
+
+    @staticmethod
+    def forward(ctx: Any, cost: Tensor, solutions: Tensor, score: Tensor, sign: float) -> Tensor:
+        ctx.sign = sign
+        mean = solutions.mean(0)
+        ctx.save_for_backward(solutions - mean, score)
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        centred, score = ctx.saved_tensors
+        # y_i less the mean of the others is S / (S - 1) times y_i less the mean of all.
+        dims = tuple(range(2, centred.ndim))
+        weight = (g * centred).sum(dims, keepdim=True)
+        return ctx.sign * (weight * score).sum(0) / (len(centred) - 1), None, None, None
+
+
+def _prepare(cost: Tensor, problem: Problem, projection: Projection, margin: Noise | Informed | None) -> Tensor:
+    """The margin first, then the projection: a projection before the noise would not keep costs from collapsing."""
+    project = projection_for(projection, problem.solver, tuple(cost.shape[1:]))
+    if margin is not None and problem.training:
+        cost = problem.move(cost, _margin(margin, cost, problem))
+    return project(cost)
+
+
+def _margin(margin: Noise | Informed, cost: Tensor, problem: Problem) -> Tensor:
+    if not isinstance(margin, Informed):
+        return problem.draw(margin, cost)
+    if problem.truth is None:
+        raise ValueError("truth: got None, wanted the true structures: margin=Informed(...) is made of them")
+    return problem.sign * margin.width * (problem.truth - 0.5)
+
+
+def _check_positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, wanted a positive finite number")
+    return float(value)
+
+
+def _split(cost: Tensor, solver: Solver) -> tuple[torch.Size, torch.Size]:
+    """The batch's and the instance's shape."""
+    if not isinstance(cost, Tensor) or not cost.is_floating_point():
+        came = cost.dtype if isinstance(cost, Tensor) else type(cost).__name__
+        raise ValueError(f"cost: got {came}, wanted a floating-point tensor")
+    ndim = cost.ndim - 1 if solver.instance_ndim < 0 else solver.instance_ndim
+    if ndim < 1 or cost.ndim < ndim:
+        wanted = "a batch dimension and then an instance" if solver.instance_ndim < 0 else f"at least {ndim} dimensions"
+        raise ValueError(f"cost: got shape {tuple(cost.shape)} for {solver}, wanted {wanted}")
+    return cost.shape[: cost.ndim - ndim], cost.shape[cost.ndim - ndim :]
+
+
+def _leave_out(gradient: Tensor, skipped: Tensor | None) -> Tensor:
+    if skipped is None:
+        return gradient
+    return gradient.masked_fill(skipped.reshape(-1, *[1] * (gradient.ndim - 1)), 0.0)
