@@ -1,0 +1,189 @@
+"""A set on disk as a sequence of chunks: memory-mapped, read ahead, equal bit for bit to the same rows in memory."""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from copy import copy
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from distset.data import schema
+from distset.data.images import decode
+from distset.data.schema import DTYPES, element_bytes
+from distset.sets import Chunk, ChunkedSet, chunk_bounds
+
+__all__ = ["ParquetSet", "SetRecord"]
+
+DECODERS = 4  # threads that decode images; Pillow decodes outside of the interpreter's lock
+
+
+class SetRecord(NamedTuple):
+    """One set's line in the index, and what its store says of all elements: all that reading it takes."""
+
+    set_id: str
+    case_id: str
+    label: str | None
+    n: int
+    file: str
+    first_row_group: int
+    row_groups: int
+    group_rows: int
+    offsets: tuple[int, ...]
+    checksum: str
+    has_coords: bool
+    has_instance_labels: bool
+    extra: dict[str, Any]
+
+    def groups(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The row groups under rows ``start`` to ``stop``: (number within the set, first row, end row within it)."""
+        for number in range(start // self.group_rows, -(-stop // self.group_rows)):
+            begin = number * self.group_rows
+            yield number, max(start - begin, 0), min(stop - begin, self.group_rows)
+
+
+class ParquetSet(ChunkedSet):
+    """A set in a store; made by `Store.open`.
+
+    Raw elements are views of the file (a private mapping, one a chunk, released with the chunk): reading costs no copy,
+    and memory is that of the chunks in use. Images are decoded to uint8 ``(N, C, H, W)``. Chunk borders are those of
+    `InMemory` with the same ``chunk_size``, so the same encoder gives the same bits. Can be pickled: it holds no open file.
+
+    Args:
+        root: the store's folder.
+        record: the set's line in the index.
+        dtype, shape, encoding: of its elements, as in `StoreInfo`.
+        chunk_size: elements a chunk; all in one if None.
+        prefetch: bring the next chunk in from a background thread while this one is worked on.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        record: SetRecord,
+        *,
+        dtype: str,
+        shape: Sequence[int],
+        encoding: str,
+        chunk_size: int | None = None,
+        prefetch: bool = True,
+    ) -> None:
+        self.root, self.record, self.name, self.prefetch = root, record, record.set_id, prefetch
+        self.dtype, self.element_shape, self.encoding = dtype, tuple(shape), encoding
+        self.element_ndim = len(self.element_shape)
+        self.bounds = chunk_bounds(record.n, chunk_size)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [stop - start for start, stop in pairwise(self.bounds)]
+
+    def chunk(self, index: int) -> Chunk:
+        """Chunk ``index``."""
+        return self._read(index, None)
+
+    def coarser(self, factor: int) -> ParquetSet:
+        merged = copy(self)
+        merged.bounds = [*self.bounds[:-1:factor], self.bounds[-1]]
+        return merged
+
+    def map(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Iterator[Any]:
+        ids = range(self.num_chunks) if ids is None else ids
+        chunks = self._ahead(ids) if self.prefetch and (len(ids) > 1 or self.encoding == "files") else map(self.chunk, ids)
+        for chunk in chunks:
+            yield fn(chunk, *args)
+
+    def coords(self) -> Tensor | None:
+        """``(N, 2)`` float64, x and y of the elements in the order of the chunks; None where there are none."""
+        if not self.record.has_coords:
+            return None
+        table = self._columns([schema.X, schema.Y])
+        return torch.from_numpy(np.stack([table.column(name).to_numpy() for name in (schema.X, schema.Y)], -1))
+
+    def instance_labels(self) -> Tensor | None:
+        """``(N,)`` int64, the elements' own labels in the order of the chunks; None where there are none."""
+        if not self.record.has_instance_labels:
+            return None
+        return self._integers(schema.INSTANCE_LABEL)
+
+    def rows(self) -> Tensor:
+        """``(N,)`` int64, each element's position in the source, before the store permuted them."""
+        return self._integers(schema.ROW)
+
+    def _integers(self, name: str) -> Tensor:
+        return torch.from_numpy(self._columns([name]).column(name).to_numpy().astype(np.int64))
+
+    def _ahead(self, ids: Sequence[int]) -> Iterator[Chunk]:
+        """The chunks, one brought in ahead of the one that is out."""
+        decoders = DECODERS if self.encoding == "files" else 0
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(max(decoders, 1)) as pool:
+            yield from _one_ahead(reader, lambda i: self._read(i, pool if decoders else None, touch=True), ids)
+
+    def _read(self, index: int, pool: Executor | None, *, touch: bool = False) -> Chunk:
+        start, stop = self.bounds[index], self.bounds[index + 1]
+        if self.encoding == "files":
+            elements = decode(self._images(start, stop), f"set {self.name!r}", pool)
+        else:
+            elements = self._raw(start, stop, touch)
+        return Chunk(elements, None, index, start, self.element_ndim)
+
+    def _raw(self, start: int, stop: int, touch: bool) -> Tensor:
+        """Rows as they lie in the file; a copy only where they span row groups."""
+        width = element_bytes(self.dtype, self.element_shape)
+        parts = []
+        with open(self.root / self.record.file, "rb") as file:
+            for number, first, last in self.record.groups(start, stop):
+                offset = self.record.offsets[number] + first * width
+                parts.append(_map_bytes(file.fileno(), offset, (last - first) * width, touch))
+        raw = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if raw.data_ptr() % DTYPES[self.dtype].itemsize:  # a file whose writer could not align its elements
+            raw = raw.clone()
+        return raw.view(DTYPES[self.dtype]).view(stop - start, *self.element_shape)
+
+    def _images(self, start: int, stop: int) -> list[bytes]:
+        images: list[bytes] = []
+        with self._open() as file:
+            for number, first, last in self.record.groups(start, stop):
+                table = file.read_row_group(self.record.first_row_group + number, columns=[schema.IMAGE])
+                images += table.column(0).slice(first, last - first).to_pylist()
+        return images
+
+    def _columns(self, names: list[str]) -> pa.Table:
+        first = self.record.first_row_group
+        with self._open() as file:
+            return file.read_row_groups(list(range(first, first + self.record.row_groups)), columns=names)
+
+    def _open(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.root / self.record.file, memory_map=True)
+
+
+def _map_bytes(file: int, offset: int, length: int, touch: bool) -> Tensor:
+    """``length`` bytes of a file as a uint8 tensor: a mapping of its own, unmapped with the last tensor that views it.
+
+    Private and writable: an operation in place changes the tensor, never the file.
+    """
+    aligned = offset - offset % mmap.ALLOCATIONGRANULARITY
+    window = mmap.mmap(
+        file, length + offset - aligned, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=aligned
+    )
+    if touch:  # one byte a page, outside of the interpreter's lock: what a read of the disk waits for, waits here
+        np.frombuffer(window, np.uint8)[:: mmap.PAGESIZE].max()
+    return torch.frombuffer(window, dtype=torch.uint8, count=length, offset=offset - aligned)
+
+
+def _one_ahead(pool: Executor, fn: Callable[[int], Chunk], ids: Iterable[int]) -> Iterator[Chunk]:
+    waiting: deque[Future[Chunk]] = deque()
+    for i in ids:
+        waiting.append(pool.submit(fn, i))
+        if len(waiting) > 1:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
