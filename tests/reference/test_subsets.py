@@ -1,0 +1,384 @@
+"""`KSubset` against enumeration, an extended-precision recursion, scipy; exact sampling against chi-square."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.distributions import kl_divergence
+
+from distset.subsets import KSubset, gumbel_top_k, relaxed_top_k
+
+SMALL = [(1, 1), (2, 1), (3, 2), (5, 4), (8, 3), (10, 5), (12, 1), (12, 6), (12, 11)]
+
+
+def subsets(n: int, k: int) -> Tensor:
+    rows = [[float(i in chosen) for i in range(n)] for chosen in itertools.combinations(range(n), k)]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, n)
+
+
+def randn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a: Tensor, b: Tensor, atol: float = 1e-12) -> None:
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+class Enumerated:
+    """Everything of a k-subset distribution by summing over its subsets."""
+
+    def __init__(self, logits: Tensor, k: int) -> None:
+        self.z = subsets(logits.shape[-1], k)
+        score = self.z @ logits
+        self.log_normalizer = score.logsumexp(0)
+        self.log_prob = score - self.log_normalizer
+        p = self.log_prob.exp()
+        self.inclusion = p @ self.z
+        self.entropy = -(p * self.log_prob).sum()
+
+
+@pytest.mark.parametrize(("n", "k"), SMALL)
+@pytest.mark.parametrize("scale", [0.0, 1.0, 6.0])
+def test_everything_equals_enumeration(n: int, k: int, scale: float) -> None:
+    logits = randn(n, scale=scale).requires_grad_()
+    truth, subset = Enumerated(logits, k), KSubset(logits, k)
+    close(subset.log_normalizer(), truth.log_normalizer)
+    close(subset.log_prob(truth.z), truth.log_prob)
+    close(subset.inclusion_probabilities(), truth.inclusion)
+    close(subset.exclusion_probabilities(), 1 - truth.inclusion.detach())
+    close(subset.entropy(), truth.entropy)
+    assert subset.log_prob(subset.mode) == subset.log_prob(truth.z).max()
+
+
+@pytest.mark.parametrize(("n", "k"), SMALL)
+def test_gradients_equal_those_of_the_enumeration(n: int, k: int) -> None:
+    logits, other = randn(n).requires_grad_(), randn(n, seed=1).requires_grad_()
+    direction = randn(n, seed=2)
+    truth, subset = Enumerated(logits, k), KSubset(logits, k)
+    pairs = [
+        (subset.log_normalizer(), truth.log_normalizer),
+        (subset.log_prob(truth.z)[0], truth.log_prob[0]),
+        ((subset.inclusion_probabilities() * direction).sum(), (truth.inclusion * direction).sum()),
+        (subset.entropy(), truth.entropy),
+    ]
+    for ours, theirs in pairs:
+        close(*(torch.autograd.grad(value, logits, retain_graph=True)[0] for value in (ours, theirs)))
+    far = Enumerated(other, k)
+    exact = (truth.log_prob.exp() * (truth.log_prob - far.log_prob)).sum()
+    divergence = kl_divergence(subset, KSubset(other, k))
+    close(divergence, exact)
+    for ours, theirs in zip(torch.autograd.grad(divergence, (logits, other)), torch.autograd.grad(exact, (logits, other))):
+        close(ours, theirs)
+
+
+def test_forward_mode_and_second_derivatives() -> None:
+    logits, direction = randn(9), randn(9, seed=1)
+    z = subsets(9, 4)
+    p = Enumerated(logits, 4).log_prob.exp()
+    pi = p @ z
+    covariance = (z * p.unsqueeze(-1)).T @ z - torch.outer(pi, pi)
+    close(KSubset(logits, 4).covariance_product(direction), covariance @ direction)
+    with forward_ad.dual_level():
+        subset = KSubset(forward_ad.make_dual(logits, direction), 4)
+        close(forward_ad.unpack_dual(subset.log_normalizer()).tangent, pi @ direction)
+        close(forward_ad.unpack_dual(subset.inclusion_probabilities()).tangent, covariance @ direction)
+    hessian = torch.autograd.functional.hessian(lambda x: KSubset(x, 4).log_normalizer(), logits)
+    close(hessian, covariance)
+
+
+def test_third_derivatives_say_that_they_are_missing() -> None:
+    logits = randn(5).requires_grad_()
+    (first,) = torch.autograd.grad(KSubset(logits, 2).log_normalizer(), logits, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match="third derivatives"):
+        second.sum().backward()
+
+
+def count_pmf(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
+    """P(count = 0..k) of independent Bernoulli variables by the recursion, in 80-bit extended precision."""
+    pmf = np.zeros(k + 1, np.longdouble)
+    pmf[0] = 1
+    for yes, no in zip(p, q):
+        pmf[1:] = pmf[1:] * no + pmf[:-1] * yes
+        pmf[0] *= no
+    return pmf
+
+
+def extended(logits: Tensor, k: int, some: list[int]) -> tuple[float, list[float]]:
+    """log e_k, and the inclusion probabilities of ``some`` elements, in extended precision."""
+    theta = logits.numpy().astype(np.longdouble)
+    cut = np.sort(theta)[::-1]
+    tilt = -(cut[k - 1] + cut[k]) / 2  # any tilt is right; this one is near the best
+
+    def weights(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        small = np.exp(-np.abs(a))
+        return np.where(a > 0, 1 / (1 + small), small / (1 + small)), np.where(a > 0, small / (1 + small), 1 / (1 + small))
+
+    p, q = weights(theta + tilt)
+    whole = count_pmf(p, q, k)[k]
+    a = theta + tilt
+    softplus = np.maximum(a, 0) + np.log1p(np.exp(-np.abs(a)))
+    inclusion = [float(p[i] * count_pmf(np.delete(p, i), np.delete(q, i), k - 1)[k - 1] / whole) for i in some]
+    return float(softplus.sum() + np.log(whole) - k * tilt), inclusion
+
+
+def shapes_of_logits(n: int, k: int) -> dict[str, Tensor]:
+    centred = randn(n) + math.log(k / (n - k))
+    peaked = torch.where(torch.arange(n) < k, 30.0, -30.0).double() + randn(n)
+    return {"centred": centred, "off-centre": randn(n), "wide": randn(n, scale=1e4), "peaked": peaked}
+
+
+@pytest.mark.parametrize("shape", ["centred", "off-centre", "wide", "peaked"])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(50, 3), (784, 50), (2000, 1000), (10_000, 100), pytest.param(100_000, 1000, marks=pytest.mark.slow)],
+)
+def test_against_extended_precision(shape: str, n: int, k: int) -> None:
+    logits = shapes_of_logits(n, k)[shape]
+    order = logits.argsort(descending=True)
+    some = order[[0, k - 1, k, n - 1]].tolist()
+    log_normalizer, inclusion = extended(logits, k, some)
+    subset = KSubset(logits, k)
+    torch.testing.assert_close(float(subset.log_normalizer()), log_normalizer, rtol=1e-13, atol=1e-13)
+    close(subset.inclusion_probabilities()[some], torch.tensor(inclusion, dtype=torch.float64), atol=1e-13)
+    close(subset.inclusion_probabilities().sum(), torch.tensor(float(k), dtype=torch.float64), atol=1e-12 * k)
+
+
+def test_against_arbitrary_precision() -> None:
+    mpmath = pytest.importorskip("mpmath")
+    mpmath.mp.dps = 50
+    n, k = 40, 7
+    logits = randn(n, scale=3)
+    elementary = [mpmath.mpf(1)] + [mpmath.mpf(0)] * k
+    for x in logits.tolist():
+        for j in range(k, 0, -1):
+            elementary[j] += mpmath.exp(mpmath.mpf(x)) * elementary[j - 1]
+    close(KSubset(logits, k).log_normalizer(), torch.tensor(float(mpmath.log(elementary[k])), dtype=torch.float64), 1e-13)
+
+
+def test_against_scipy_where_it_is_right() -> None:
+    n, k = 300, 40
+    logits = randn(n) + math.log(k / (n - k))
+    log_count = scipy.stats.poisson_binom(torch.sigmoid(logits).numpy()).logpmf(k)
+    expected = log_count + torch.nn.functional.softplus(logits, threshold=1e9).sum()
+    close(KSubset(logits, k).log_normalizer(), expected, 1e-10)
+
+
+def test_the_published_formula_loses_all_digits_in_its_own_experiment() -> None:
+    """float32, logits from randn(784), k = 50: the pmf of the untilted count at 50 is far below the rounding."""
+    torch.manual_seed(0)
+    logits = torch.randn(784)
+    right = KSubset(logits.double(), 50).log_normalizer() - torch.nn.functional.softplus(logits.double()).sum()
+    nodes = torch.arange(785)
+    factor = torch.exp(2j * math.pi * nodes / 785)
+    p = torch.sigmoid(logits).unsqueeze(-1)
+    published = torch.fft.fft(torch.prod(p * factor + (1 - p), 0), norm="forward").real[50].clamp_min(1.2e-7).log()
+    assert right < -300
+    assert published - right > 300
+
+
+def test_invariances() -> None:
+    logits = randn(100)
+    subset = KSubset(logits, 17)
+    close(KSubset(logits + 5, 17).log_normalizer(), subset.log_normalizer() + 17 * 5)
+    close(KSubset(logits + 5, 17).inclusion_probabilities(), subset.inclusion_probabilities())
+    mirrored = KSubset(-logits, 83)
+    close(mirrored.inclusion_probabilities(), subset.exclusion_probabilities(), 1e-14)
+    close(mirrored.entropy(), subset.entropy())
+    close(mirrored.log_normalizer() + logits.sum(), subset.log_normalizer())
+
+
+def test_small_probabilities_keep_their_relative_precision() -> None:
+    logits = torch.tensor([0.0, 0.0, -600.0, 600.0], dtype=torch.float64)
+    subset = KSubset(logits, 2)
+    # Subsets without the last element, or with the third, have weights of e^-600 beside the two of weight 1.
+    tiny = torch.tensor(math.exp(-600) / 2, dtype=torch.float64)
+    torch.testing.assert_close(subset.inclusion_probabilities()[2], tiny, rtol=1e-13, atol=0)
+    torch.testing.assert_close(subset.exclusion_probabilities()[3], tiny, rtol=1e-13, atol=0)
+
+
+def test_leading_dimensions_and_a_k_for_each_row() -> None:
+    logits, k = randn(3, 2, 8), torch.tensor([[1, 2], [0, 8], [5, 4]])
+    subset = KSubset(logits, k)
+    assert subset.batch_shape == (3, 2)
+    assert subset.event_shape == (8,)
+    z = subset.sample((7,), seed=0)
+    assert z.shape == (7, 3, 2, 8)
+    assert (z.sum(-1) == k).all()
+    rows = [KSubset(logits[i, j], int(k[i, j])) for i in range(3) for j in range(2)]
+    close(subset.log_normalizer().flatten(), torch.stack([row.log_normalizer() for row in rows]))
+    close(subset.entropy().flatten(), torch.stack([row.entropy() for row in rows]))
+    close(subset.inclusion_probabilities().flatten(0, 1), torch.stack([row.inclusion_probabilities() for row in rows]))
+    close(subset.log_prob(z).flatten(1).T, torch.stack([row.log_prob(z[:, i // 2, i % 2]) for i, row in enumerate(rows)]))
+    assert (subset.mode.sum(-1) == k).all()
+    shared = KSubset(randn(8), torch.tensor([2, 3]))
+    assert shared.batch_shape == (2,)
+    close(shared.inclusion_probabilities().sum(-1), torch.tensor([2.0, 3.0]).double())
+
+
+def test_infinite_logits_force_elements_in_and_out() -> None:
+    logits = randn(6)
+    logits[1], logits[4] = math.inf, -math.inf
+    leaf = logits.clone().requires_grad_()
+    subset, free = KSubset(leaf, 3), KSubset(logits[[0, 2, 3, 5]], 2)
+    close(subset.inclusion_probabilities()[[0, 2, 3, 5]], free.inclusion_probabilities())
+    assert subset.inclusion_probabilities()[[1, 4]].tolist() == [1.0, 0.0]
+    close(subset.entropy(), free.entropy())
+    z = subset.sample((50,), seed=0)
+    assert (z[:, 1] == 1).all()
+    assert (z[:, 4] == 0).all()
+    close(subset.log_prob(z), free.log_prob(z[:, [0, 2, 3, 5]]))
+    wrong = torch.tensor([1.0, 0, 1, 1, 0, 0])
+    assert subset.log_prob(wrong) == -math.inf
+    (subset.log_normalizer() + subset.entropy() + subset.log_prob(z).sum()).backward()
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+    assert leaf.grad[[1, 4]].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("k", [0, 6])
+def test_nothing_and_everything_are_deterministic(k: int) -> None:
+    logits = randn(6).requires_grad_()
+    subset = KSubset(logits, k)
+    assert (subset.sample((4,), seed=0) == float(k > 0)).all()
+    assert subset.entropy() == 0
+    assert subset.log_prob(torch.full((6,), float(k > 0))) == 0
+    (grad,) = torch.autograd.grad(subset.entropy() + subset.inclusion_probabilities().sum(), logits)
+    assert (grad == 0).all()
+    close(subset.log_normalizer(), logits.sum() if k else torch.tensor(0.0).double())
+
+
+def test_equal_wide_and_half_precision_logits() -> None:
+    close(KSubset(torch.zeros(9).double(), 4).log_normalizer(), torch.tensor(126.0).double().log())
+    wide = KSubset(randn(1000, scale=1e4), 100)
+    close(wide.inclusion_probabilities().sum(), torch.tensor(100.0).double())
+    assert wide.log_prob(wide.mode).isfinite()
+    logits = randn(50).half()
+    half, exact = KSubset(logits, 5), KSubset(logits.double(), 5)
+    assert half.inclusion_probabilities().dtype == torch.float32
+    torch.testing.assert_close(half.inclusion_probabilities(), exact.inclusion_probabilities().float())
+    leaf = logits.clone().requires_grad_()
+    KSubset(leaf, 5).entropy().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.dtype == torch.float16
+
+
+def test_divergence_between_what_cannot_be() -> None:
+    logits = randn(6)
+    without = logits.clone()
+    without[0] = -math.inf
+    assert kl_divergence(KSubset(logits, 3), KSubset(without, 3)) == math.inf
+    assert kl_divergence(KSubset(without, 3), KSubset(logits, 3)).isfinite()
+    assert kl_divergence(KSubset(logits, 3), KSubset(logits, 2)) == math.inf
+    close(kl_divergence(KSubset(without, 3), KSubset(without, 3)), torch.tensor(0.0).double())
+
+
+def test_from_probabilities_is_the_conditioned_bernoulli() -> None:
+    p = torch.tensor([0.2, 0.9, 0.5, 1.0, 0.0], dtype=torch.float64)
+    z = subsets(5, 3)
+    weight = torch.where(z == 1, p, 1 - p).prod(-1)
+    close(KSubset.from_probabilities(p, 3).log_prob(z).exp(), weight / weight.sum())
+
+
+@pytest.mark.parametrize(
+    ("logits", "k", "message"),
+    [
+        (torch.zeros(4), -1, "k: got -1"),
+        (torch.zeros(4), 5, "k: got 5"),
+        (torch.zeros(4), 2.0, "k: got 2.0, wanted a whole number"),
+        (torch.tensor([0.0, math.nan]), 1, r"logits: got NaN \(1 of 2 entries, the first at \(1,\)\)"),
+        (torch.tensor([math.inf, math.inf, 0.0]), 1, "2 of 3 are \\+inf"),
+        (torch.tensor([-math.inf, -math.inf, 0.0]), 2, "2 are -inf"),
+        (torch.zeros(3, dtype=torch.int64), 1, "logits: got torch.int64"),
+        (torch.zeros(3, 4), torch.tensor([1, 2]), "k: got shape"),
+    ],
+)
+def test_bad_input(logits: Tensor, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KSubset(logits, k)
+
+
+def test_bad_values() -> None:
+    subset = KSubset(torch.zeros(4), 2)
+    with pytest.raises(ValueError, match="value: got shape"):
+        subset.log_prob(torch.zeros(3))
+    with pytest.raises(ValueError, match="probabilities"):
+        KSubset.from_probabilities(torch.tensor([0.5, 1.5]), 1)
+    with pytest.raises(ValueError, match="differs between rows"):
+        KSubset(torch.zeros(2, 4), torch.tensor([1, 2])).sample_indices()
+    assert subset.log_prob(torch.tensor([1.0, 1, 1, 0])) == -math.inf
+
+
+def chi_square(samples: Tensor, log_prob: Tensor) -> float:
+    """The p-value of samples ``(S, n)`` against the probabilities of `subsets`."""
+    n, k = samples.shape[-1], int(samples[0].sum())
+    code = 2 ** torch.arange(n, dtype=torch.float64)
+    order = (subsets(n, k) @ code).argsort()
+    place = torch.searchsorted((subsets(n, k) @ code)[order].contiguous(), samples.double() @ code)
+    counts = torch.bincount(place, minlength=len(order)).numpy()
+    expected = (log_prob[order].exp() * len(samples)).numpy()
+    common = expected >= 5
+    observed, wanted = [*counts[common], counts[~common].sum()], [*expected[common], expected[~common].sum()]
+    if wanted[-1] < 5:
+        observed, wanted = [*observed[:-2], sum(observed[-2:])], [*wanted[:-2], sum(wanted[-2:])]
+    return float(scipy.stats.chisquare(observed, np.array(wanted) * sum(observed) / sum(wanted)).pvalue)
+
+
+@pytest.mark.parametrize(("n", "k", "scale"), [(10, 5, 1.0), (10, 2, 2.0), (11, 8, 1.0), (7, 1, 0.0), (12, 6, 3.0)])
+def test_exact_samples_pass_chi_square_and_gumbel_top_k_does_not(n: int, k: int, scale: float) -> None:
+    logits = randn(n, scale=scale)
+    log_prob = Enumerated(logits, k).log_prob
+    assert chi_square(KSubset(logits, k).sample((100_000,), seed=3), log_prob) > 1e-3
+    if k > 1 and scale:
+        gumbel = gumbel_top_k(logits, k, (100_000,), generator=torch.Generator().manual_seed(0))
+        assert chi_square(gumbel, log_prob) < 1e-6
+
+
+def test_samples_of_large_sets_have_the_inclusion_probabilities() -> None:
+    subset = KSubset(randn(3000), 400)
+    z = subset.sample((2000,), seed=1)
+    assert (z.sum(-1) == 400).all()
+    pi = subset.inclusion_probabilities()
+    score = (z.mean(0) - pi) / (pi * (1 - pi) / 2000).sqrt()
+    assert score.abs().max() < 5
+    assert 0.9 < score.square().mean() < 1.1
+
+
+def test_a_sample_is_named_by_seed_and_number() -> None:
+    subset = KSubset(randn(2, 100), 30)
+    many = subset.sample((20,), seed=5)
+    assert (many[:3] == subset.sample((3,), seed=5)).all()
+    assert (many != subset.sample((20,), seed=6)).any()
+    assert (many[0] != many[1]).any()
+    torch.manual_seed(0)
+    first = subset.sample()
+    torch.manual_seed(0)
+    assert (first == subset.sample()).all()
+    indices = subset.sample_indices((20,), seed=5)
+    assert indices.shape == (20, 2, 30)
+    assert (torch.zeros_like(many).scatter(-1, indices, 1.0) == many).all()
+
+
+def test_indices_count_elements_that_are_forced_in() -> None:
+    logits = randn(9)
+    logits[[2, 7]] = math.inf
+    indices = KSubset(logits, 4).sample_indices((5,), seed=0)
+    assert indices.shape == (5, 4)
+    assert ((indices == 2).any(-1) & (indices == 7).any(-1)).all()
+
+
+def test_relaxed_top_k_adds_up_and_tends_to_the_top() -> None:
+    keys = randn(4, 12)
+    soft, hard = relaxed_top_k(keys, 5, 0.5), relaxed_top_k(keys, 5, 1e-4)
+    close(soft.sum(-1), torch.full((4,), 5.0).double())
+    close(hard, KSubset(keys, 5).mode, 1e-6)
+    for k, tau, message in ((13, 1.0, "k: got 13"), (5, 0.0, "tau: got 0")):
+        with pytest.raises(ValueError, match=message):
+            relaxed_top_k(keys, k, tau)
+    with pytest.raises(ValueError, match="k: got 13"):
+        gumbel_top_k(keys, 13)
