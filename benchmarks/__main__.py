@@ -12,7 +12,7 @@ import benchmarks
 def names() -> list[str]:
     """The benchmarks: the modules of this package that are run, not imported."""
     found = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-    return sorted(name for name in found if name not in ("__main__", "report") and not name.startswith("_"))
+    return sorted(name for name in found if name not in ("__main__", "report", "timing") and not name.startswith("_"))
 
 
 def main(arguments: list[str]) -> int:

@@ -387,6 +387,8 @@ def _forward(set: ChunkedSet, sweep: _Sweep, grad: Gradient, generator: torch.Ge
 def _merged(set: ChunkedSet, sweep: _Sweep) -> Any:
     """The state of the whole set without a graph; small chunks go together where the encoder says that it may be."""
     sizes, block = set.sizes, getattr(sweep.encoder, "block", 0)
+    if sweep.precision.device is not None and sweep.precision.device.type == "cuda":
+        block *= 32  # a GPU wants larger calls
     factor = 1
     while 2 * factor * max(sizes) <= block and factor < len(sizes):
         factor *= 2  # a power of two fixed by the chunk size alone: who sweeps does not change the value's bits

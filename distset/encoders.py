@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distset.kernels import HALVES, fused_pool, fused_pool_fits, wide_product
 from distset.sets import Chunk
 from distset.states import Max, Mean, Product, Softmax, Sum, TopK
 
@@ -204,6 +205,8 @@ class UMBC(ChunkEncoder):
     def encode(self, chunk: Chunk, query: Slots) -> Softmax:
         x_ND = chunk.elements
         if self.fold:
+            if self._fusible(chunk, query):
+                return Softmax(*fused_pool(query.keys, x_ND))
             logits_KN = _product(query.keys, x_ND.mT)
             if query.bias is not None:
                 logits_KN = logits_KN + query.bias
@@ -212,6 +215,10 @@ class UMBC(ChunkEncoder):
         logits_HKN = _product(query.keys, keys_HNd.mT)
         mask = None if chunk.mask is None else chunk.mask.unsqueeze(-2)
         return _pool(self._log_weights(logits_HKN), values_HNd, mask, self.normalize)
+
+    def _fusible(self, chunk: Chunk, query: Slots) -> bool:
+        plain = torch.is_grad_enabled() or chunk.mask is not None or self.activation != "softmax"
+        return not plain and fused_pool_fits(query.keys, chunk.elements)
 
     def _log_weights(self, logits_KN: Tensor) -> Tensor:
         """The logarithm of the weights before normalisation over the elements."""
@@ -495,6 +502,8 @@ def _accumulable(x: Tensor) -> Tensor:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in the precision of states, whatever autocast would do: logits and sums must not be rounded to halves."""
+    if b.is_cuda and b.dtype in HALVES:
+        return wide_product(a, b)
     if not torch.is_autocast_enabled(a.device.type):
         return _accumulable(a) @ _accumulable(b)
     with torch.autocast(a.device.type, enabled=False):
