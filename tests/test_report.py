@@ -101,6 +101,12 @@ def test_auroc_of_one_class_is_undefined():
     assert np.isnan(auroc(np.array([True]), np.array([0.5]), np.ones((1, 1))))
 
 
+def test_without_resamples_there_is_no_interval():
+    interval = bag_scores(*problem(), resamples=0)["auroc"]
+    assert 0.5 < interval.value < 1
+    assert np.isnan([interval.low, interval.high]).all()
+
+
 def test_the_threshold_is_the_best_of_all():
     y, p = problem(50, seed=3)
     threshold = choose_threshold(y, p)

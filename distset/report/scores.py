@@ -53,7 +53,7 @@ def bag_scores(
         threshold: on the probability of class 1, chosen on *other* sets (see `choose_threshold`); 0.5 if None. Two classes
             only.
         cases: the patient (or other group) of each set; each set its own if None.
-        resamples, level, seed: of the bootstrap.
+        resamples, level, seed: of the bootstrap; without resamples the interval is nan.
 
     Returns:
         ``{"auroc": Interval, "balanced_accuracy": ..., "f1": ..., "accuracy": ...}``.
@@ -76,10 +76,8 @@ def bag_scores(
     predicted = predicted_classes(p, threshold)
     points = _figures(y, p, predicted, np.ones((1, len(y))))
     blocks = [_figures(y, p, predicted, weights) for weights in resampled(y, cases, resamples, seed)]
-    return {
-        name: Interval(float(point[0]), *quantiles(np.concatenate([block[name] for block in blocks]), level))
-        for name, point in points.items()
-    }
+    drawn = {name: np.concatenate([block[name] for block in blocks] or [[np.nan]]) for name in points}
+    return {name: Interval(float(point[0]), *quantiles(drawn[name], level)) for name, point in points.items()}
 
 
 def choose_threshold(labels: ArrayLike, probabilities: ArrayLike) -> float:
@@ -131,8 +129,8 @@ def auroc(positive: NDArray, scores: NDArray, weights: NDArray) -> NDArray:
 
 def resampled(labels: NDArray, cases: Sequence[str] | None, resamples: int, seed: int) -> Iterator[NDArray]:
     """How often each set is in each bootstrap sample, ``(B, N)`` at a time: whole cases, drawn class by class."""
-    if resamples < 1:
-        raise ValueError(f"resamples: got {resamples}, wanted at least 1")
+    if resamples < 0:
+        raise ValueError(f"resamples: got {resamples}, wanted at least 0 (no interval)")
     names = np.arange(len(labels)) if cases is None else np.asarray(cases)
     if len(names) != len(labels):
         raise ValueError(f"cases: got {len(names)}, wanted {len(labels)}, one for each set")
