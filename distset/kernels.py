@@ -5,6 +5,8 @@ Everything here has a plain counterpart in `distset.encoders`; nothing is needed
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -64,7 +66,32 @@ def fused_pool_fits(keys_KD: Tensor, x_ND: Tensor) -> bool:
         and x_ND.stride(-1) == 1
         and len(keys_KD) <= 64
         and x_ND.shape[-1] in (64, 128, 256, 512)
+        and _proved(x_ND.device, x_ND.dtype, x_ND.shape[-1])
     )
+
+
+@lru_cache
+def _processors(device: torch.device) -> int:
+    """Programs that run at once; a few where Triton interprets on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@lru_cache
+def _proved(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the fused pass compiles for this device and agrees with the plain one: a kernel is not trusted unseen."""
+    generator = torch.Generator(device).manual_seed(0)
+    keys = torch.randn(5, width, device=device, generator=generator) / width**0.5
+    x = torch.randn(1000, width, device=device, generator=generator).to(dtype)
+    try:
+        total, mass, _ = fused_pool(keys, x)
+    except Exception as error:  # a compiler's errors have no common base
+        warnings.warn(f"the fused state pass does not run on {device} ({error}); the plain one is used", stacklevel=2)
+        return False
+    want = torch.softmax(keys.to(dtype).float() @ x.float().T, -1) @ x.float()
+    close = bool(((total / mass - want).abs().amax() <= 4 * torch.finfo(dtype).eps).item())
+    if not close:
+        warnings.warn(f"the fused state pass is inexact on {device}; the plain one is used", stacklevel=2)
+    return close
 
 
 def fused_pool(keys_KD: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +103,7 @@ def fused_pool(keys_KD: Tensor, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (n, d), slots = x_ND.shape, len(keys_KD)
     keys = torch.nn.functional.pad(keys_KD.to(x_ND.dtype), (0, 0, 0, 64 - slots)).contiguous()
     tiles = triton.cdiv(n, BLOCK_N)
-    programs = min(tiles, torch.cuda.get_device_properties(x_ND.device).multi_processor_count)
+    programs = min(tiles, _processors(x_ND.device))
     total = torch.empty(programs, 64, d, device=x_ND.device)
     mass, shift = torch.empty(2, programs, 64, 1, device=x_ND.device)
     _fused_pool[(programs,)](
