@@ -104,8 +104,11 @@ class Visits(NamedTuple):
     position: Tensor
     chosen: Tensor
 
-    def select(self, where: Tensor) -> Visits:
-        return Visits(*(field[where] for field in self))
+    def select(self, kept: Tensor) -> Visits:
+        if bool(kept.all()):
+            return self
+        where = kept.nonzero().squeeze(-1)
+        return Visits(*(field.index_select(0, where) for field in self))
 
     @staticmethod
     def cat(parts: list[Visits]) -> Visits:
@@ -208,31 +211,33 @@ class CountTree:
         if not len(below.positions):
             return None, visits
         left, has_left = below.find(2 * visits.position)
-        right, has_right = below.find(2 * visits.position + 1)
-        inner, leaf = visits.select(has_left), visits.select(~has_left)
-        left, right, has_right = left[has_left], right[has_left], has_right[has_left]
-        a = self._draw(
-            inner, below.counts, left, right, keyed_uniform(seed, inner.sample, inner.row, number, inner.position)
-        )
-        a = a.where(has_right, inner.chosen)
+        leaf = visits.select(~has_left)
+        if len(leaf.row):
+            visits, left = visits.select(has_left), left[has_left]
+        has_right = below.find(2 * visits.position + 1)[1]
+        uniform = keyed_uniform(seed, visits.sample, visits.row, number, visits.position)
+        a = self._draw(visits, below.counts, left, (left + 1).clamp_max(len(below.positions) - 1), uniform)
+        a = a.where(has_right, visits.chosen)
         children = Visits(
-            torch.cat([inner.row, inner.row]),
-            torch.cat([inner.sample, inner.sample]),
-            torch.cat([2 * inner.position, 2 * inner.position + 1]),
-            torch.cat([a, inner.chosen - a]),
+            torch.cat([visits.row, visits.row]),
+            torch.cat([visits.sample, visits.sample]),
+            torch.cat([2 * visits.position, 2 * visits.position + 1]),
+            torch.cat([a, visits.chosen - a]),
         )
         return children.select(children.chosen > 0), leaf
 
     @staticmethod
     def _draw(visits: Visits, counts: CountPmf, left: Tensor, right: Tensor, uniform: Tensor) -> Tensor:
         """The count of the left child, by inversion of its conditional distribution."""
-        width = counts.pmf.shape[-1]
-        low_left, low_right = counts.low[visits.row, left], counts.low[visits.row, right]
-        a = low_left.unsqueeze(-1) + torch.arange(width, device=left.device)
-        place = (visits.chosen - low_right).unsqueeze(-1) - a
-        other = counts.pmf[visits.row, right].gather(-1, place.clamp(0, width - 1))
-        weights = counts.pmf[visits.row, left] * other.where((place >= 0) & (place < width), 0.0)
-        cumulative = weights.cumsum(-1)
+        width, nodes = counts.pmf.shape[-1], counts.pmf.shape[-2]
+        pmf, low = counts.pmf.view(-1, width), counts.low.view(-1)
+        left, right = visits.row * nodes + left, visits.row * nodes + right
+        low_left = low.index_select(0, left)
+        step = torch.arange(width, device=left.device)
+        place = (visits.chosen - low.index_select(0, right) - low_left).unsqueeze(-1) - step
+        inside = place.clamp(0, width - 1)
+        other = pmf.view(-1).take(inside + (right * width).unsqueeze(-1)).mul_(place == inside)
+        cumulative = other.mul_(pmf.index_select(0, left)).cumsum(-1)
         drawn = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
         return low_left + drawn.clamp_max(width - 1)
 

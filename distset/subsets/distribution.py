@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -20,11 +21,15 @@ from torch.distributions import Distribution, constraints, kl
 from distset.subsets import quadrature as rules
 from distset.subsets.counts import CountTree, Visits
 from distset.subsets.quadrature import stable_softplus
+from distset.subsets.recursion import CountTable
 
 __all__ = ["KSubset"]
 
 # Visits of tree nodes, times the width of a window, that one round of descent may hold.
 VISITS = 2**24
+# Samples are drawn element by element instead of down a tree from up to SMALL elements, or FEW where there are many rows,
+# as long as the table has no more than TABLE entries.
+SMALL, FEW, MANY_ROWS, TABLE = 64, 1024, 16, 2**25
 
 
 class KSubset(Distribution):
@@ -172,10 +177,14 @@ class KSubset(Distribution):
                 spread over the chunks of a set (see `ChunkedKSubset`). None draws a seed from torch's default generator.
         """
         sample_shape = torch.Size(sample_shape)
-        count = sample_shape.numel()
+        count, seed = sample_shape.numel(), _drawn_seed(seed)
         z = self._included.to(self._dtype).expand(count, *self._rows.shape).clone()
-        for visits in self._draw(count, seed):
-            z[visits.sample, visits.row, visits.position] = 1
+        for number, part in self._groups(count):
+            if self._table is not None:
+                z[number] += self._table.sample(part, seed)
+            else:
+                visits = self._descend(part, seed)
+                z[visits.sample, visits.row, visits.position] = 1
         return z.reshape(*sample_shape, *self._batch_shape, self.n)
 
     def sample_indices(self, sample_shape: Any = (), *, seed: int | None = None) -> Tensor:
@@ -187,28 +196,29 @@ class KSubset(Distribution):
         if self.k.numel() > 1 and bool((self.k != self.k.flatten()[0]).any()):
             raise ValueError("k: differs between rows, so that indices are ragged; use sample()")
         sample_shape, k = torch.Size(sample_shape), int(self.k.flatten()[0])
-        count, rows = sample_shape.numel(), self._rows.shape[0]
-        forced = self._included.nonzero()
-        sample = torch.arange(count, device=forced.device).repeat_interleave(len(forced))
-        forced = forced.repeat(count, 1)
-        parts = [Visits(forced[:, 0], sample, forced[:, 1], sample), *self._draw(count, seed)]
-        visits = Visits.cat(parts)
-        key = (visits.sample * rows + visits.row) * self.n + visits.position
-        return (key.sort().values % self.n).reshape(*sample_shape, *self._batch_shape, k)
+        shape = (*sample_shape, *self._batch_shape, k)
+        if self._table is not None or bool(self._included.any()):
+            return self.sample(sample_shape, seed=seed).nonzero()[:, -1].reshape(shape)
+        count, seed = sample_shape.numel(), _drawn_seed(seed)
+        visits = [self._descend(part, seed) for _, part in self._groups(count)]
+        keys = [(v.sample * len(self._rows) + v.row) * self.n + v.position for v in visits]
+        return (torch.cat(keys).sort().values % self.n).reshape(shape)
 
-    def _draw(self, count: int, seed: int | None) -> list[Visits]:
-        """The chosen elements that were free to choose, a group of samples at a time."""
-        seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+    def _groups(self, count: int) -> Iterator[tuple[slice, Tensor]]:
+        """Numbers of samples that are drawn together, within bounded memory."""
+        size = max(1, VISITS // max(1, 32 * int(self._free_k.sum())))
+        for start in range(0, count, size):
+            stop = min(count, start + size)
+            yield slice(start, stop), torch.arange(start, stop, device=self.logits.device)
+
+    def _descend(self, samples: Tensor, seed: int) -> Visits:
+        """The chosen elements that were free to be chosen."""
         k = self._free_k.long()
-        row = torch.arange(len(k), device=k.device)
-        group = max(1, VISITS // max(1, 32 * int(k.sum())))
-        found: list[Visits] = []
-        for start in range(0, count, group):
-            sample = torch.arange(start, min(count, start + group), device=k.device).repeat_interleave(len(k))
-            rows = row.repeat(len(sample) // len(row))
-            visits = Visits(rows, sample, torch.zeros_like(rows), k[rows])
-            found += self._tree.descend({len(self._tree.levels) - 1: visits}, seed).values()
-        return found
+        sample = samples.repeat_interleave(len(k))
+        row = torch.arange(len(k), device=k.device).repeat(len(samples))
+        root = Visits(row, sample, torch.zeros_like(row), k[row])
+        elements = self._tree.descend({len(self._tree.levels) - 1: root}, seed).get(0)
+        return root.select(torch.zeros_like(row, dtype=torch.bool)) if elements is None else elements
 
     # Rows: the batch is flattened; elements whose fate is settled (infinite logits, k = 0, k = n) are set aside.
 
@@ -246,6 +256,16 @@ class KSubset(Distribution):
     @cached_property
     def _rule(self) -> rules.Quadrature:
         return rules.in_memory(self._free_logits.detach(), self._free_k)
+
+    @cached_property
+    def _table(self) -> CountTable | None:
+        """For sets small enough to be sampled element by element."""
+        rows = self._free_k.numel()
+        few = self.n <= (FEW if rows >= MANY_ROWS else SMALL)
+        if not few or rows * self.n * (int(self._free_k.max()) + 1) > TABLE:
+            return None
+        with torch.no_grad():
+            return CountTable(self._free_logits.detach(), self._rule.tilt, self._free_k.long())
 
     @cached_property
     def _tree(self) -> CountTree:
@@ -337,6 +357,10 @@ def settle(logits: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     open_row = ((left > 0) & (left < finite.sum(-1))).unsqueeze(-1)
     included = forced | (finite & (left == finite.sum(-1)).unsqueeze(-1) & (left > 0).unsqueeze(-1))
     return finite & open_row, included, left.where(open_row.squeeze(-1), 0.0)
+
+
+def _drawn_seed(seed: int | None) -> int:
+    return int(torch.randint(2**62, ()).item()) if seed is None else seed
 
 
 def _result_dtype(tensor: Tensor) -> torch.dtype:

@@ -341,10 +341,10 @@ def test_exact_samples_pass_chi_square_and_gumbel_top_k_does_not(n: int, k: int,
 
 def test_samples_of_large_sets_have_the_inclusion_probabilities() -> None:
     subset = KSubset(randn(3000), 400)
-    z = subset.sample((2000,), seed=1)
+    z = subset.sample((500,), seed=1)
     assert (z.sum(-1) == 400).all()
     pi = subset.inclusion_probabilities()
-    score = (z.mean(0) - pi) / (pi * (1 - pi) / 2000).sqrt()
+    score = (z.mean(0) - pi) / (pi * (1 - pi) / 500).sqrt()
     assert score.abs().max() < 5
     assert 0.9 < score.square().mean() < 1.1
 
