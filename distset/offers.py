@@ -1,0 +1,70 @@
+"""Offers and what was chosen from them: positions as masks, and pairs that teach nothing refused at the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_elements", "check_offer", "membership"]
+
+
+def membership(ids: Sequence[Sequence[int]], size: int) -> Tensor:
+    """Chosen positions as bool ``(B, size)``.
+
+    Raises:
+        ValueError: for ids outside of the offer or named twice.
+    """
+    chosen = torch.zeros(len(ids), size, dtype=torch.bool)
+    for row, own in enumerate(ids):
+        if bad := [i for i in own if not 0 <= i < size]:
+            raise ValueError(f"ids: set {row} has chosen {bad[0]}, wanted positions 0 to {size - 1} of the offer")
+        if len(set(own)) != len(own):
+            raise ValueError(f"ids: set {row} names an element twice; a subset holds each once")
+        chosen[row, list(own)] = True
+    return chosen
+
+
+def check_offer(elements: Tensor, chosen: Tensor, mask: Tensor | None = None, *, element_ndim: int = 1) -> None:
+    """Refuse pairs (V, S*) that teach nothing or lie: see Raises.
+
+    Raises:
+        ValueError: for a chosen tensor that is no bool ``(*, N)``, an offer of one element, an S* that is empty, is all of
+            V, or has elements in the padding, features that are not finite.
+    """
+    check_elements(elements, mask, element_ndim)
+    shape = elements.shape[: elements.dim() - element_ndim]
+    if chosen.dtype != torch.bool or chosen.shape != shape:
+        raise ValueError(f"chosen: got {chosen.dtype} {tuple(chosen.shape)}, wanted torch.bool {tuple(shape)}, True in S*")
+    offered = torch.ones_like(chosen) if mask is None else mask
+    if bool((chosen & ~offered).any()):
+        raise ValueError(f"chosen: set {_first(chosen & ~offered)} has chosen elements that are not offered (padding)")
+    if bool((offered.sum(-1) < 2).any()):
+        raise ValueError(f"elements: offer {_first(offered.sum(-1) < 2)} has one element, wanted at least 2 to choose from")
+    if bool((chosen.sum(-1) == 0).any()):
+        raise ValueError(f"chosen: set {_first(chosen.sum(-1) == 0)} has chosen nothing; drop sets with an empty S*")
+    if bool(((chosen & offered).sum(-1) == offered.sum(-1)).any()):
+        raise ValueError(
+            f"chosen: set {_first((chosen & offered).sum(-1) == offered.sum(-1))} has chosen all that is offered; drop sets "
+            f"with S* = V, or offer more"
+        )
+
+
+def check_elements(elements: Tensor, mask: Tensor | None, element_ndim: int = 1) -> None:
+    """Refuse features that are not finite and masks that do not fit."""
+    shape = elements.shape[: elements.dim() - element_ndim]
+    if len(shape) < 1 or elements.numel() == 0:
+        raise ValueError(
+            f"elements: got shape {tuple(elements.shape)}, wanted (*, N, ...) with {element_ndim} dimensions each"
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        raise ValueError(f"mask: got {mask.dtype} {tuple(mask.shape)}, wanted torch.bool {tuple(shape)}, False at padding")
+    finite = elements.isfinite() if element_ndim == 0 else elements.isfinite().flatten(-element_ndim).all(-1)
+    if bad := int((~finite).sum()):
+        raise ValueError(f"elements: {bad} of {finite.numel()} have features that are NaN or infinite; clean or drop them")
+
+
+def _first(where: Tensor) -> int:
+    flat = where if where.dim() < 2 else where.flatten(1).any(-1)
+    return int(flat.reshape(-1).nonzero()[0])
