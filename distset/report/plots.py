@@ -176,7 +176,7 @@ def plot_folds(folds: Sequence[Mapping[str, float]], path: Path) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write the figure as PNG; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(str(path))
+    FigureCanvasAgg(figure).print_figure(str(path), bbox_inches="tight", pad_inches=0.12)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -76,7 +76,7 @@ def bag_scores(
     predicted = predicted_classes(p, threshold)
     points = _figures(y, p, predicted, np.ones((1, len(y))))
     blocks = [_figures(y, p, predicted, weights) for weights in resampled(y, cases, resamples, seed)]
-    drawn = {name: np.concatenate([block[name] for block in blocks] or [[np.nan]]) for name in points}
+    drawn = {name: np.concatenate([block[name] for block in blocks] or [np.array([np.nan])]) for name in points}
     return {name: Interval(float(point[0]), *quantiles(drawn[name], level)) for name, point in points.items()}
 
 
