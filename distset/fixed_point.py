@@ -384,8 +384,9 @@ class _Progress:
         finite = residual.isfinite()
         tolerance = self.stop.atol + self.stop.rtol * _rms(x, self.event_ndim)
         converged = residual <= tolerance
-        back = _rms(x - self.mark, self.event_ndim) <= tolerance
-        cycle = back & (residual >= (1 - 1e-4) * self.mark_residual) & (self.count > 1) & ~converged
+        back = _rms(x - self.mark, self.event_ndim) <= torch.minimum(tolerance, 1e-3 * residual)
+        same_pace = residual >= (1 - 1e-4) * self.mark_residual  # a contraction that swings slows down
+        cycle = back & same_pace & ~converged if self.count > self.mark_count + 1 else torch.zeros_like(converged)
         good = running & finite
         self.point = torch.where(_expand(good, self.event_ndim), x, self.point)
         self.value = torch.where(_expand(good, self.event_ndim), fx, self.value)

@@ -1,0 +1,182 @@
+"""Offers in chunks: equal to the mean field in memory, forward and implicit backward, at a constant message size."""
+
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from distset import InMemory
+from distset.fixed_point import Anderson, Implicit, OneStep, Stop, fixed_point
+from distset.gains import soft_subset
+from distset.krylov import GMRES
+from distset.large_offers import first_field, offer_logits, offer_loss, solve_offer
+from distset.mean_field import oracle_loss
+from distset.seeds import generator_for
+from distset.set_functions import SumUtility, UserUtility
+
+TIGHT = Stop(max_steps=500, atol=1e-12, rtol=1e-12)
+
+
+def make(context=False, n=40, dim=3, batch=()):
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(8 if context else 4, 6), nn.Tanh(), nn.Linear(6, 1))
+    utility = SumUtility(nn.Sequential(nn.Linear(dim, 4), nn.Tanh()), head, context=context).double()
+    with torch.no_grad():
+        utility.head[0].weight.mul_(0.5)
+        utility.head[2].weight.mul_(5.0)
+    return utility, torch.randn(*batch, n, dim, dtype=torch.float64)
+
+
+def draws(offer, samples, draw):
+    parts = [
+        draw(*offer.batch_shape, samples, size, generator=generator_for(0, "draws", i), dtype=torch.float64)
+        for i, size in enumerate(offer.sizes)
+    ]
+    return torch.cat(parts, -1)
+
+
+def in_memory(utility, offer, *, smooth, samples=5, grad=None):
+    """The same mean field in the logits of all elements at once."""
+    h = utility.embed(offer.elements, offer.mask)
+    total = utility.total(h)
+    zeros = torch.zeros(h.shape[:-1], dtype=h.dtype)
+    if not smooth:
+        inside = draws(offer, samples, torch.rand) < 0.5
+        if offer.mask is not None:
+            inside &= offer.mask.unsqueeze(-2)
+        return utility.gains_of_sums(h, inside.double() @ h, inside, total).mean(-2)
+    normal = draws(offer, samples, torch.randn)
+
+    def step(logits):
+        soft = soft_subset(logits, normal, offer.mask)
+        return utility.gains_of_sums(h, soft @ h, soft, total).mean(-2)
+
+    return fixed_point(step, zeros, grad=grad or Implicit(GMRES(1e-13)), iteration=Anderson(), stop=TIGHT).value
+
+
+@pytest.mark.parametrize("smooth", [True, False], ids=["solved", "first step"])
+@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+def test_chunks_give_the_mean_field_in_memory_and_its_gradient(smooth, context, batched):
+    utility, elements = make(context, batch=(2,) if batched else ())
+    mask = torch.arange(40) < torch.tensor([[40], [31]]) if batched else None
+    offer = InMemory(elements, chunk_size=9, mask=mask)
+    chosen = torch.tensor([1, 8, 30])
+    if smooth:
+        field = solve_offer(utility, offer, grad=Implicit(GMRES(1e-13)), iteration=Anderson(), stop=TIGHT)
+        assert field.solution.converged.all()
+    else:
+        field = first_field(utility, offer)
+    logits = in_memory(utility, offer, smooth=smooth)
+    target = torch.zeros(40, dtype=torch.bool).index_fill(0, chosen, True).expand_as(logits)
+    valid = torch.ones_like(target) if mask is None else mask
+    found = offer_logits(utility, offer, field)
+    torch.testing.assert_close(found[valid], logits[valid], rtol=1e-8, atol=1e-9)
+    loss, wanted = offer_loss(utility, offer, field, chosen), oracle_loss(logits, target, mask)
+    torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-10)
+    parameters = list(utility.parameters())
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(wanted, parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+def test_the_implicit_gradient_in_chunks_is_the_derivative():
+    utility, elements = make()
+    offer, chosen = InMemory(elements, chunk_size=11), torch.tensor([0, 5])
+    parameter = utility.head[0].weight
+
+    def loss(grad=None):
+        field = solve_offer(utility, offer, iteration=Anderson(), stop=TIGHT, grad=grad)
+        return offer_loss(utility, offer, field, chosen)
+
+    (exact,) = torch.autograd.grad(loss(Implicit(GMRES(1e-13))), parameter)
+    (one_step,) = torch.autograd.grad(loss(OneStep()), parameter)
+    values, step = [], 1e-5
+    with torch.no_grad():
+        for sign in (1, -2, 1):
+            parameter[2, 1] += sign * step
+            values.append(float(loss()))
+    assert abs((values[0] - values[1]) / (2 * step) - exact[2, 1]) < 1e-6
+    assert (one_step - exact).norm() > 1e-3 * exact.norm()
+
+
+class Travelling(InMemory):
+    """A set whose function, arguments and results are pickled, as to actors; it weighs the messages."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.sent = []
+
+    def map(self, fn, *args, ids=None):
+        down = self._parcel((fn, args))
+        fn, args = pickle.loads(down)
+        for index in range(self.num_chunks) if ids is None else ids:
+            up = self._parcel(fn(self.chunk(index), *args))
+            self.sent.append((len(down), len(up)))
+            yield pickle.loads(up)
+
+    @staticmethod
+    def _parcel(what):
+        out = io.BytesIO()
+        pickle.dump(what, out)
+        return out.getvalue()
+
+
+def test_messages_do_not_grow_with_the_offer():
+    utility, _ = make()
+    sizes = {}
+    for n in (200, 5000):
+        offer = Travelling(torch.randn(n, 3, dtype=torch.float64), chunk_size=n // 2)
+        scaled = SumUtility(nn.Sequential(utility.encoder, Scale(1 / n)), utility.head)
+        field = solve_offer(scaled, offer, stop=Stop(max_steps=4))
+        offer_loss(scaled, offer, field, torch.tensor([0, 7])).backward()
+        sizes[n] = [max(column) for column in zip(*offer.sent)]
+    print(sizes)
+    assert all(abs(a - b) < 0.02 * b for a, b in zip(sizes[5000], sizes[200]))
+
+
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return self.factor * x
+
+
+def test_a_set_that_lies_elsewhere_gives_the_same_bits():
+    utility, elements = make()
+    results = []
+    for kind in (InMemory, Travelling):
+        offer = kind(elements, chunk_size=9)
+        field = solve_offer(utility, offer)
+        loss = offer_loss(utility, offer, field, torch.tensor([3]))
+        results.append([field.sums.detach(), loss.detach(), *torch.autograd.grad(loss, list(utility.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+OFFER = InMemory(torch.randn(20, 3), chunk_size=8)
+
+
+@pytest.mark.parametrize(("chosen", "message"), [
+    (torch.tensor([20]), "chosen: got positions 20 to 20, wanted 0 to 19"),
+    (torch.tensor([-1]), "chosen: got positions -1"),
+    (torch.tensor([1, 1]), "chosen: names an element twice"),
+    (torch.tensor([], dtype=torch.int64), "chosen: got 0 of 20 elements"),
+    (torch.arange(20), "chosen: got 20 of 20 elements"),
+    (torch.tensor([True]), "chosen: got torch.bool"),
+])  # fmt: skip
+def test_bad_choices_are_named(chosen, message):
+    utility = make()[0].float()
+    with pytest.raises(ValueError, match=message):
+        offer_loss(utility, OFFER, first_field(utility, OFFER), chosen)
+
+
+def test_only_sums_scale():
+    with pytest.raises(ValueError, match="utility: got UserUtility, wanted a SumUtility"):
+        solve_offer(UserUtility(lambda elements, subsets: subsets.sum(-1)), OFFER)
+    with pytest.raises(ValueError, match="samples: got 0"):
+        solve_offer(make()[0].float(), OFFER, samples=0)
+    with pytest.raises(ValueError, match="set: got Tensor, wanted a ChunkedSet"):
+        solve_offer(make()[0].float(), torch.randn(5, 3))
