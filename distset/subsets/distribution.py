@@ -68,8 +68,10 @@ class KSubset(Distribution):
     def __init__(self, logits: Tensor, k: int | Tensor) -> None:
         _check_logits(logits)
         self.logits = logits
-        self.k, batch_shape = _checked_k(k, logits)
         self.n = logits.shape[-1]
+        counts = check_k(k, self.n, logits.shape[:-1]).to(logits.device)
+        batch_shape = torch.broadcast_shapes(counts.shape, logits.shape[:-1])
+        self.k = counts.expand(batch_shape)
         super().__init__(batch_shape, logits.shape[-1:], validate_args=False)
         self._check_forced()
 
@@ -161,10 +163,8 @@ class KSubset(Distribution):
 
     def entropy(self) -> Tensor:
         """``-E log p(z)`` in nats, ``(*)``, differentiable."""
-        rule, a = self._rule, self._rows_tilted
-        included, excluded = rules.chunk_inclusion(self._free_logits.detach(), rule)
-        terms = included * stable_softplus(-a) + excluded * stable_softplus(a)
-        exact = (terms.masked_fill(~self._free, 0.0).sum(-1) + rule.log_count).view(self._batch_shape)
+        surprise = rules.chunk_surprise(self._free_logits.detach(), self._rule)
+        exact = (surprise + self._rule.log_count).view(self._batch_shape)
         out = self._with_gradient(exact, lambda: self._tilted_normalizer - (self._soft_inclusion * self._tilted).sum(-1))
         return out.to(self._dtype)
 
@@ -177,7 +177,7 @@ class KSubset(Distribution):
                 spread over the chunks of a set (see `ChunkedKSubset`). None draws a seed from torch's default generator.
         """
         sample_shape = torch.Size(sample_shape)
-        count, seed = sample_shape.numel(), _drawn_seed(seed)
+        count, seed = sample_shape.numel(), drawn_seed(seed)
         z = self._included.to(self._dtype).expand(count, *self._rows.shape).clone()
         for number, part in self._groups(count):
             if self._table is not None:
@@ -199,7 +199,7 @@ class KSubset(Distribution):
         shape = (*sample_shape, *self._batch_shape, k)
         if self._table is not None or bool(self._included.any()):
             return self.sample(sample_shape, seed=seed).nonzero()[:, -1].reshape(shape)
-        count, seed = sample_shape.numel(), _drawn_seed(seed)
+        count, seed = sample_shape.numel(), drawn_seed(seed)
         visits = [self._descend(part, seed) for _, part in self._groups(count)]
         keys = [(v.sample * len(self._rows) + v.row) * self.n + v.position for v in visits]
         return (torch.cat(keys).sort().values % self.n).reshape(shape)
@@ -260,9 +260,7 @@ class KSubset(Distribution):
     @cached_property
     def _table(self) -> CountTable | None:
         """For sets small enough to be sampled element by element."""
-        rows = self._free_k.numel()
-        few = self.n <= (FEW if rows >= MANY_ROWS else SMALL)
-        if not few or rows * self.n * (int(self._free_k.max()) + 1) > TABLE:
+        if not uses_table(self.n, self._free_k):
             return None
         with torch.no_grad():
             return CountTable(self._free_logits.detach(), self._rule.tilt, self._free_k.long())
@@ -359,7 +357,13 @@ def settle(logits: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return finite & open_row, included, left.where(open_row.squeeze(-1), 0.0)
 
 
-def _drawn_seed(seed: int | None) -> int:
+def uses_table(n: int, k: Tensor) -> bool:
+    """Whether rows of n elements, of which ``k (B,)`` are to be chosen, are sampled element by element."""
+    few = n <= (FEW if len(k) >= MANY_ROWS else SMALL)
+    return few and len(k) * n * (int(k.max()) + 1) <= TABLE
+
+
+def drawn_seed(seed: int | None) -> int:
     return int(torch.randint(2**62, ()).item()) if seed is None else seed
 
 
@@ -377,19 +381,22 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: got NaN ({int(bad.sum())} of {logits.numel()} entries, the first at {where})")
 
 
-def _checked_k(k: int | Tensor, logits: Tensor) -> tuple[Tensor, torch.Size]:
-    n = logits.shape[-1]
-    counts = torch.as_tensor(k, device=logits.device)
+def check_k(k: int | Tensor, n: int, batch_shape: torch.Size) -> Tensor:
+    """k as an integer tensor.
+
+    Raises:
+        ValueError: unless it is whole, in 0..n, and broadcasts with the batch.
+    """
+    counts = torch.as_tensor(k)
     if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
         raise ValueError(f"k: got {k!r}, wanted a whole number, or an integer tensor with one for each row of the logits")
-    if bool(((counts < 0) | (counts > n)).any()):
-        bad = counts[(counts < 0) | (counts > n)].flatten()[0]
-        raise ValueError(f"k: got {int(bad)}, wanted 0 <= k <= n = {n}")
+    wrong = (counts < 0) | (counts > n)
+    if bool(wrong.any()):
+        raise ValueError(f"k: got {int(counts[wrong].flatten()[0])}, wanted 0 <= k <= n = {n}")
     try:
-        batch_shape = torch.broadcast_shapes(counts.shape, logits.shape[:-1])
+        torch.broadcast_shapes(counts.shape, batch_shape)
     except RuntimeError as error:
         raise ValueError(
-            f"k: got shape {tuple(counts.shape)}, wanted one that broadcasts with the logits' batch "
-            f"{tuple(logits.shape[:-1])}"
+            f"k: got shape {tuple(counts.shape)}, wanted one that broadcasts with the logits' batch {tuple(batch_shape)}"
         ) from error
-    return counts.expand(batch_shape), batch_shape
+    return counts.long()

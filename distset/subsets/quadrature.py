@@ -30,7 +30,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["LogitRange", "NodeSums", "Quadrature", "covariance_product", "inclusion", "log_normalizer", "quadrature"]
+__all__ = [
+    "LogitRange",
+    "Moments",
+    "NodeSums",
+    "Quadrature",
+    "covariance_product",
+    "inclusion",
+    "log_normalizer",
+    "quadrature",
+]
 
 # The temporaries of a block: 2^16 float64 stay in the second-level cache of a core.
 BLOCK = 2**16
@@ -72,6 +81,16 @@ class LogitRange(NamedTuple):
             torch.logaddexp(self.lse, other.lse),
             torch.logaddexp(self.lse_negated, other.lse_negated),
         )
+
+
+class Moments(NamedTuple):
+    """Mean and variance ``(B,)`` of the tilted count: a mergeable state."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def merge(self, other: Moments) -> Moments:
+        return Moments(self.mean + other.mean, self.variance + other.variance)
 
 
 class NodeSums(NamedTuple):
@@ -118,7 +137,7 @@ class Quadrature(NamedTuple):
 def quadrature(
     start: LogitRange,
     k: Tensor,
-    moments: Callable[[Tensor], Tensor],
+    moments: Callable[[Tensor], Moments],
     node_sums: Callable[[Tensor, Tensor], NodeSums],
 ) -> Quadrature:
     """Solve for the tilt, place the nodes, add up.
@@ -126,7 +145,7 @@ def quadrature(
     Args:
         start: of the logits.
         k: the count, float64 ``(B,)``, 0 where ``start.n`` is 0 and strictly between 0 and ``start.n`` elsewhere.
-        moments: ``tilt (B,) -> (2, B)``, the tilted count's mean and variance (see `tilted_moments`).
+        moments: ``tilt (B,) -> Moments`` (see `tilted_moments`).
         node_sums: ``tilt (B,), angles (B, J) -> NodeSums`` (see `chunk_node_sums`).
     """
     tilt, mean, variance = solve_tilt(start, k, moments)
@@ -138,7 +157,7 @@ def quadrature(
     return Quadrature(tilt, mean, variance, angles, values / total.unsqueeze(-1), total.log(), sums.softplus)
 
 
-def solve_tilt(start: LogitRange, k: Tensor, moments: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def solve_tilt(start: LogitRange, k: Tensor, moments: Callable[[Tensor], Moments]) -> tuple[Tensor, Tensor, Tensor]:
     """The tilt at which the mean count is k: safeguarded Newton steps on the log-odds of the mean share ``E[K] / n``.
 
     Newton's step is exact where all logits are equal. The tilt need not be exact (every tilt gives the same answer); a
@@ -180,15 +199,15 @@ def place_nodes(variance: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
     return angles.where(kept, 0.0), share.where(kept, 0.0)
 
 
-def tilted_moments(logits: Tensor, tilt: Tensor) -> Tensor:
-    """Mean and variance of the tilted count, ``(2, B)``."""
+def tilted_moments(logits: Tensor, tilt: Tensor) -> Moments:
+    """Mean and variance of the count of ``logits (B, N)`` under ``tilt (B,)``."""
     mean, variance = torch.zeros_like(tilt), torch.zeros_like(tilt)
     for _, block in _blocks(logits, 4):
         a = block + tilt.unsqueeze(-1)
         p = torch.sigmoid(a)
         mean += p.sum(-1)
         variance += torch.linalg.vecdot(p, torch.sigmoid(-a))
-    return torch.stack([mean, variance])
+    return Moments(mean, variance)
 
 
 def chunk_node_sums(logits: Tensor, tilt: Tensor, angles: Tensor) -> NodeSums:
@@ -223,6 +242,14 @@ def chunk_inclusion(logits: Tensor, rule: Quadrature) -> tuple[Tensor, Tensor]:
         included[:, place] = p * (p * sums[..., 0] + q * sums[..., 1])
         excluded[:, place] = q * (q * sums[..., 0] + p * sums[..., 2])
     return included, excluded
+
+
+def chunk_surprise(logits: Tensor, rule: Quadrature) -> Tensor:
+    """The entropy's sum over elements, ``sum_i pi_i softplus(-a_i) + (1 - pi_i) softplus(a_i)``, ``(B,)``."""
+    included, excluded = chunk_inclusion(logits, rule)
+    a = logits + rule.tilt.unsqueeze(-1)
+    terms = included * stable_softplus(-a) + excluded * stable_softplus(a)
+    return terms.masked_fill(logits == -math.inf, 0.0).sum(-1)
 
 
 def chunk_direction(logits: Tensor, rule: Quadrature, direction: Tensor) -> Tensor:

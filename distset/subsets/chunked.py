@@ -1,0 +1,244 @@
+"""k-subsets of a set that is spread over chunks: sums go up, windows of count pmfs go up, counts come down.
+
+The normaliser needs a few rounds of two numbers a chunk (the tilt) and one of some thirty (the nodes). Sampling needs, of
+each chunk, the count pmfs of the O(log) tree nodes it holds whole; down go the counts drawn for those nodes, and only the
+chosen indices come back. Elements never move, and samples are those of `KSubset` on all the logits at once, whatever the
+chunks are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from distset.sets import Chunk, ChunkedSet
+from distset.states import Sum
+from distset.subsets import quadrature as rules
+from distset.subsets.counts import CountTree, Level, Visits
+from distset.subsets.distribution import KSubset, check_k, drawn_seed, uses_table
+
+__all__ = ["ChunkedKSubset", "element_as_logit"]
+
+Score = Callable[[Chunk], Tensor]
+
+
+class ChunkedKSubset:
+    """`KSubset` over the elements of a `ChunkedSet`; what it returns carries no gradient.
+
+    Args:
+        set: whose elements are chosen from; masked ones are never chosen.
+        k: the size of the subsets, an integer or an integer tensor that broadcasts with the set's batch.
+        logits: ``chunk -> (*, N)``, called where the chunk lives (a module-level function where that is another process);
+            by default the elements themselves, which are then of width 1.
+
+    Raises:
+        ValueError: as `KSubset`; a NaN names its chunk.
+
+    Example:
+        >>> import torch
+        >>> from distset import InMemory
+        >>> from distset.subsets import ChunkedKSubset, KSubset
+        >>> logits = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+        >>> chunked = ChunkedKSubset(InMemory(logits.unsqueeze(-1), chunk_size=300), k=20)
+        >>> whole = KSubset(logits, k=20)
+        >>> bool((chunked.sample_indices((5,), seed=1) == whole.sample_indices((5,), seed=1)).all())
+        True
+    """
+
+    def __init__(self, set: ChunkedSet, k: int | Tensor, *, logits: Score | None = None) -> None:
+        self.set, self.n, self.batch_shape = set, len(set), set.batch_shape
+        self.k = check_k(k, self.n, set.batch_shape)
+        score = element_as_logit if logits is None else logits
+        k_rows = self.k.expand(self.batch_shape).reshape(-1).double()
+        self._range: rules.LogitRange = set.merge(_range, score)
+        left = k_rows - self._range.forced
+        if bool(((left < 0) | (left > self._range.n)).any()):
+            row = int(((left < 0) | (left > self._range.n)).nonzero()[0])
+            raise ValueError(
+                f"logits: {int(self._range.forced[row])} of {self.n} are +inf (forced in) and "
+                f"{self.n - int(self._range.n[row] + self._range.forced[row])} are -inf or masked (forced out), which "
+                f"leaves no subset of k = {int(k_rows[row])} elements"
+            )
+        free = (left > 0) & (left < self._range.n)
+        self._rows = _Rows(score, free, (left > 0) & ~free)
+        self._free_k = left.where(free, 0.0)
+
+    def log_normalizer(self) -> Tensor:
+        """As `KSubset.log_normalizer`, ``(*)``."""
+        settled = self.set.merge(_settled, self._rows).total
+        return (self._rule.log_normalizer(self._free_k) + settled).reshape(self.batch_shape)
+
+    def inclusion_probabilities(self) -> Iterator[Tensor]:
+        """The elements' inclusion probabilities ``(*, N)``, chunk by chunk."""
+        return (part.reshape(*self.batch_shape, -1) for part in self.set.map(_inclusion, self._rows, self._rule))
+
+    def entropy(self) -> Tensor:
+        """In nats, ``(*)``."""
+        return (self.set.merge(_entropy, self._rows, self._rule).total + self._rule.log_count).reshape(self.batch_shape)
+
+    def sample(self, sample_shape: Any = (), *, seed: int | None = None) -> Iterator[Tensor]:
+        """Exact samples, chunk by chunk: zeros and ones ``(*sample_shape, *, N)``, float32."""
+        sample_shape = torch.Size(sample_shape)
+        for found, size in zip(self._chosen(sample_shape.numel(), seed), self.set.sizes):
+            z = torch.zeros(sample_shape.numel(), len(self._free_k), size)
+            z[found.sample, found.row, found.position] = 1
+            yield z.reshape(*sample_shape, *self.batch_shape, size)
+
+    def sample_indices(self, sample_shape: Any = (), *, seed: int | None = None) -> Tensor:
+        """The chosen elements' positions in the set, ascending, ``(*sample_shape, *, k)``.
+
+        Raises:
+            ValueError: where k differs between rows.
+        """
+        if self.k.numel() > 1 and bool((self.k != self.k.flatten()[0]).any()):
+            raise ValueError("k: differs between rows, so that indices are ragged; use sample()")
+        sample_shape = torch.Size(sample_shape)
+        rows = len(self._free_k)
+        parts = zip(self._chosen(sample_shape.numel(), seed), self._starts)
+        keys = [(v.sample * rows + v.row) * self.n + v.position + start for v, start in parts]
+        return (torch.cat(keys).sort().values % self.n).reshape(*sample_shape, *self.batch_shape, int(self.k.flatten()[0]))
+
+    def _chosen(self, count: int, seed: int | None) -> Iterator[Visits]:
+        """Of each chunk, the chosen elements by their position in the chunk."""
+        seed = drawn_seed(seed)
+        if uses_table(self.n, self._free_k):
+            return self._chosen_together(count, seed)
+        starts = self._send(self._tree.descend(self._root(count), seed))
+        return self.set.map(_descend, self._rows, self._rule.tilt, starts, seed, count)
+
+    def _chosen_together(self, count: int, seed: int) -> Iterator[Visits]:
+        """Few elements: as `KSubset` has them, element by element."""
+        logits = torch.cat(list(self.set.map(_rows_of_logits, self._rows.score)), -1)
+        z = KSubset(logits, self.k.expand(self.batch_shape).reshape(-1)).sample((count,), seed=seed)
+        for part in z.split(list(self.set.sizes), -1):
+            sample, row, position = part.nonzero().unbind(-1)
+            yield Visits(row, sample, position, torch.ones_like(row))
+
+    def _root(self, count: int) -> dict[int, Visits]:
+        k = self._free_k.long()
+        sample = torch.arange(count).repeat_interleave(len(k))
+        row = torch.arange(len(k)).repeat(count)
+        return {len(self._tree.levels) - 1: Visits(row, sample, torch.zeros_like(row), k[row])}
+
+    def _send(self, visits: dict[int, Visits]) -> dict[int, dict[int, Visits]]:
+        """The counts drawn for chunks' nodes, by chunk and level."""
+        starts = torch.tensor(self._starts)
+        by_chunk: dict[int, dict[int, Visits]] = {}
+        for level, found in visits.items():
+            chunk = torch.searchsorted(starts, found.position << level, right=True) - 1
+            for number in chunk.unique().tolist():
+                by_chunk.setdefault(number, {})[level] = found.select(chunk == number)
+        return by_chunk
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(self.set.sizes)][:-1]
+
+    @cached_property
+    def _rule(self) -> rules.Quadrature:
+        return rules.quadrature(
+            self._range._replace(n=self._range.n.where(self._rows.free, 0.0)),
+            self._free_k,
+            lambda tilt: self.set.merge(_moments, self._rows, tilt),
+            lambda tilt, angles: self.set.merge(_node_sums, self._rows, tilt, angles),
+        )
+
+    @cached_property
+    def _tree(self) -> CountTree:
+        """The tree above the nodes that chunks hold whole."""
+        leaves: dict[int, Level] = {}
+        for exports in self.set.map(_exports, self._rows, self._rule.tilt):
+            for level, nodes in exports.items():
+                leaves[level] = leaves[level].join(nodes) if level in leaves else nodes
+        return CountTree(leaves, self.n)
+
+
+def element_as_logit(chunk: Chunk) -> Tensor:
+    """The logits of elements that are logits."""
+    if chunk.elements.shape[-1] != 1:
+        raise ValueError(
+            f"set: its elements have width {chunk.elements.shape[-1]}, wanted 1 (a logit each); pass logits=, a function of "
+            f"a chunk"
+        )
+    return chunk.elements.squeeze(-1)
+
+
+class _Rows(NamedTuple):
+    """How a chunk gets its logits, and which rows have a choice (``free``) or take all they can (``full``)."""
+
+    score: Score
+    free: Tensor
+    full: Tensor
+
+    def split(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Logits of the free elements, -inf elsewhere, and which elements are surely in: both ``(B, N)``."""
+        logits = _rows_of_logits(chunk, self.score)
+        finite = logits.isfinite()
+        included = (logits == math.inf) | (finite & self.full.unsqueeze(-1))
+        return logits.masked_fill(~(finite & self.free.unsqueeze(-1)), -math.inf), included
+
+
+# What follows runs where the chunks live.
+
+
+def _rows_of_logits(chunk: Chunk, score: Score) -> Tensor:
+    with torch.no_grad():
+        logits = score(chunk)
+    wanted = (*chunk.batch_shape, chunk.size)
+    if tuple(logits.shape) != wanted:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)} for chunk {chunk.id}, wanted {wanted}")
+    if bool(logits.isnan().any()):
+        raise ValueError(f"logits: got NaN in chunk {chunk.id} (elements {chunk.start} to {chunk.start + chunk.size - 1})")
+    logits = logits.double()
+    if chunk.mask is not None:
+        logits = logits.masked_fill(~chunk.mask, -math.inf)
+    return logits.reshape(-1, chunk.size)
+
+
+def _range(chunk: Chunk, score: Score) -> rules.LogitRange:
+    return rules.LogitRange.of(_rows_of_logits(chunk, score))
+
+
+def _moments(chunk: Chunk, rows: _Rows, tilt: Tensor) -> rules.Moments:
+    return rules.tilted_moments(rows.split(chunk)[0], tilt)
+
+
+def _node_sums(chunk: Chunk, rows: _Rows, tilt: Tensor, angles: Tensor) -> rules.NodeSums:
+    return rules.chunk_node_sums(rows.split(chunk)[0], tilt, angles)
+
+
+def _inclusion(chunk: Chunk, rows: _Rows, rule: rules.Quadrature) -> Tensor:
+    free, included = rows.split(chunk)
+    return rules.chunk_inclusion(free, rule)[0] + included
+
+
+def _settled(chunk: Chunk, rows: _Rows) -> Sum:
+    """The finite logits of elements that are surely in, added up."""
+    logits, included = _rows_of_logits(chunk, rows.score), rows.split(chunk)[1]
+    return Sum(logits.masked_fill(~included | (logits == math.inf), 0.0).sum(-1), included.sum(-1))
+
+
+def _entropy(chunk: Chunk, rows: _Rows, rule: rules.Quadrature) -> Sum:
+    free = rows.split(chunk)[0]
+    return Sum(rules.chunk_surprise(free, rule), free.isfinite().sum(-1))
+
+
+def _exports(chunk: Chunk, rows: _Rows, tilt: Tensor) -> dict[int, Level]:
+    return CountTree.of_elements(rows.split(chunk)[0], tilt, chunk.start).exports
+
+
+def _descend(chunk: Chunk, rows: _Rows, tilt: Tensor, starts: dict[int, dict[int, Visits]], seed: int, count: int) -> Visits:
+    free, included = rows.split(chunk)
+    row, position = included.nonzero().unbind(-1)
+    sample = torch.arange(count, device=row.device).repeat_interleave(len(row))
+    found = [Visits(row.repeat(count), sample, position.repeat(count), torch.ones_like(sample))]
+    if chunk.id in starts:
+        tree = CountTree.of_elements(free, tilt, chunk.start)
+        found += [v._replace(position=v.position - chunk.start) for v in tree.descend(starts[chunk.id], seed).values()]
+    return Visits.cat(found)
