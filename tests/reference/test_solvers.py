@@ -6,8 +6,21 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from scipy.optimize import Bounds, LinearConstraint
 
-from distset.solvers import Ranking, TopK
+from distset.solvers import (
+    Assignment,
+    ExactGraphMatching,
+    GraphMatching,
+    HeldKarp,
+    MixedInteger,
+    Ranking,
+    ShortestPath,
+    Status,
+    TimeLimit,
+    TopK,
+    Tour,
+)
 
 
 def rng(seed=0):
@@ -58,3 +71,278 @@ def test_tensors_and_arrays_agree(solver):
     assert np.array_equal(found, solver.solve_tensor(torch.from_numpy(costs)).numpy())
     assert solver.feasible(found).all()
     assert not solver.feasible(found + 1).any()
+
+
+# Assignment
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 1), (4, 4), (3, 5), (5, 3), (1, 6)])
+def test_assignment_is_the_best_permutation(n, m):
+    short, long = sorted((n, m))
+    structures = []
+    for columns in itertools.permutations(range(long), short):
+        y = np.zeros((short, long))
+        y[np.arange(short), columns] = 1
+        structures.append(y if n <= m else y.T)
+    costs = rng().normal(size=(500, n, m))
+    found = Assignment().solve(costs)
+    assert np.array_equal(found, brute_force(costs, structures))
+    assert Assignment().feasible(found).all()
+    assert not Assignment().feasible(1 - found).any()
+
+
+# Shortest paths
+
+
+def networkx_path_cost(cost, neighbours, start, end, walls):
+    import networkx
+
+    graph = networkx.DiGraph()
+    shape = cost.shape
+    for r, c in itertools.product(*map(range, shape)):
+        for i, j in itertools.product((-1, 0, 1), repeat=2):
+            near = (r + i, c + j)
+            inside = 0 <= near[0] < shape[0] and 0 <= near[1] < shape[1]
+            if inside and (i, j) != (0, 0) and (neighbours == 8 or 0 in (i, j)) and not (walls[r, c] or walls[near]):
+                graph.add_edge((r, c), near, weight=cost[near])
+    if start == end:
+        return cost[start]
+    return cost[start] + networkx.dijkstra_path_length(graph, start, end)
+
+
+@pytest.mark.parametrize("neighbours", [4, 8])
+@pytest.mark.parametrize(
+    ("shape", "start", "end"), [((5, 5), (0, 0), (4, 4)), ((3, 6), (2, 1), (0, 5)), ((2, 2), (0, 0), (0, 0))]
+)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_paths_cost_what_networkx_finds(neighbours, shape, start, end, zeros):
+    costs = rng().uniform(size=(60, *shape))
+    costs *= (rng(1).uniform(size=costs.shape) < 0.6) if zeros else 1
+    solver = ShortestPath(neighbours, start, end)
+    paths = solver.solve(costs)
+    assert solver.feasible(paths).all()
+    found = (paths * costs).sum((1, 2))
+    wanted = [networkx_path_cost(cost, neighbours, start, end, np.zeros(shape, bool)) for cost in costs]
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_paths_around_walls():
+    walls = np.zeros((6, 6), bool)
+    walls[2, :5] = walls[4, 1:] = True
+    costs = rng().uniform(0.1, 1, size=(60, 6, 6))
+    for neighbours in (4, 8):
+        solver = ShortestPath(neighbours, walls=walls)
+        paths = solver.solve(np.where(walls, 0.0, costs))
+        assert solver.feasible(paths).all()
+        assert (paths[:, walls] == 0).all()
+        wanted = [networkx_path_cost(cost, neighbours, (0, 0), (5, 5), walls) for cost in costs]
+        np.testing.assert_allclose((paths * costs).sum((1, 2)), wanted, rtol=1e-12)
+
+
+def test_paths_by_hand():
+    corner = np.array([[[1.0, 1.0], [1.0, 1.0]]])
+    assert ShortestPath(8).solve(corner).tolist() == [[[1, 0], [0, 1]]]
+    assert ShortestPath(4).solve(corner).sum() == 3
+    assert ShortestPath().solve(np.ones((1, 1, 1))).tolist() == [[[1]]]
+    assert not ShortestPath(4).feasible(np.eye(2)[None]).any()
+    assert not ShortestPath(8).feasible(np.zeros((1, 3, 3))).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ShortestPath(6), "neighbours: got 6, wanted 4 or 8"),
+        (lambda: ShortestPath(walls=np.ones(3)), "walls: got shape"),
+        (lambda: ShortestPath(walls=np.eye(3)), "walls: got a wall on the start"),
+        (lambda: ShortestPath(walls=np.array([[0, 1, 0]] * 3)), "walls: they cut the end"),
+        (lambda: ShortestPath(4, walls=np.fliplr(np.eye(3))), "walls: they cut the end"),
+        (lambda: ShortestPath(end=(5, 0)).solve(np.ones((1, 3, 3))), r"end: got \(5, 0\), wanted a cell"),
+        (lambda: ShortestPath().solve(-np.ones((1, 3, 3))), "cost: got -1, wanted costs of at least 0"),
+        (lambda: ShortestPath().check_shape((3,)), r"wanted grids of shape \(H, W\)"),
+        (lambda: Tour().check_shape((2, 2)), "at least 3 cities"),
+        (lambda: Tour().check_shape((4, 5)), r"wanted \(n, n\)"),
+        (lambda: Tour(dynamic=30), "dynamic: got 30"),
+        (lambda: HeldKarp().solve(np.zeros((1, 17, 17))), "cost: got 17 cities, wanted at most 16"),
+        (lambda: Assignment().check_shape((2,)), r"wanted matrices of shape \(n, m\)"),
+        (lambda: GraphMatching((3, 2)), "nodes: got"),
+        (lambda: GraphMatching((2, 2), ([[0, 2]], [[0, 1]])), "edges: got a node 2"),
+        (lambda: GraphMatching((2, 2), ([[0, 0]], [[0, 1]])), "from a node to itself"),
+        (lambda: GraphMatching((2, 2), ([[0, 1], [0, 1]], [[0, 1]])), "the same edge twice"),
+        (lambda: GraphMatching((2, 2)).pack(torch.ones(2, 3), torch.ones(2, 2)), "node, edge: got shapes"),
+        (lambda: GraphMatching((2, 2)).check_shape((3,)), "made by GraphMatching.pack"),
+        (lambda: MixedInteger(KNAPSACK, sense="most"), "sense: got 'most'"),
+        (lambda: MixedInteger(KNAPSACK).check_shape((2,)), r"wanted \(4,\), the columns"),
+        (lambda: MixedInteger(LinearConstraint(np.ones((1, 2)), lb=3)).solve(np.ones((1, 2))), "HiGHS says: .* infeasible"),
+        (
+            lambda: MixedInteger(LinearConstraint(np.ones((1, 2)), lb=0), bounds=Bounds(-np.inf, np.inf)).solve(
+                np.array([[1.0, -1.0]])
+            ),
+            "HiGHS says: .* unbounded",
+        ),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Tours
+
+
+def tours(n):
+    """All adjacency matrices of round trips through n cities."""
+    found = []
+    for order in itertools.permutations(range(1, n)):
+        if order[0] < order[-1] or n == 3:
+            trip, y = [0, *order], np.zeros((n, n))
+            y[trip, np.roll(trip, -1)] = y[np.roll(trip, -1), trip] = 1
+            found.append(y)
+    return found
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 7])
+def test_tours_are_the_best_of_all(n):
+    costs = rng().normal(size=(400, n, n))  # neither symmetric nor positive
+    wanted = brute_force(costs * ~np.eye(n, dtype=bool), tours(n))
+    assert np.array_equal(Tour().solve(costs), wanted)
+    assert np.array_equal(Tour(dynamic=2).solve(costs[:20]), wanted[:20])
+    assert Tour().feasible(wanted).all()
+
+
+def on_a_sphere(batch, n, seed=0):
+    points = rng(seed).normal(size=(batch, n, 3))
+    points /= np.linalg.norm(points, axis=-1, keepdims=True)
+    return np.arccos(np.clip(np.einsum("bik,bjk->bij", points, points), -1, 1))
+
+
+@pytest.mark.parametrize("n", [9, 12])
+def test_dynamic_program_and_cutting_planes_agree(n):
+    costs = on_a_sphere(6, n)
+    both = [Tour(dynamic=dynamic).solve(costs) for dynamic in (12, 2)]
+    np.testing.assert_allclose(*((costs * y).sum((1, 2)) for y in both), rtol=1e-12)
+
+
+def test_two_round_trips_are_no_tour():
+    twice = np.kron(np.eye(2), np.ones((3, 3)) - np.eye(3))[None]
+    assert (twice.sum(2) == 2).all()
+    assert not Tour().feasible(twice).any()
+
+
+def test_a_tour_at_the_time_limit_is_still_a_tour():
+    solver = Tour(limit=TimeLimit(1e-4, "best"))
+    costs = on_a_sphere(3, 20)
+    solutions, status = solver.solve_status(costs)
+    assert (status == Status.BEST_FOUND).all()
+    assert solver.feasible(solutions).all()
+
+
+# Graph matching
+
+
+def matchings(solver):
+    n, m = solver.nodes
+    return np.stack([solver._vector(np.array(onto)) for onto in itertools.permutations(range(m), n)])
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 4), (3, 5)])
+def test_exact_matching_is_the_best_of_all(n, m):
+    solver = ExactGraphMatching((n, m))
+    costs = rng().normal(size=(8, solver.size))
+    found = solver.solve(costs)
+    assert np.array_equal(found, brute_force(costs, matchings(solver)))
+    assert solver.feasible(found).all()
+
+
+def test_exact_matching_of_sparse_graphs():
+    ring = np.array([[0, 1], [1, 2], [2, 3], [3, 0]])
+    solver = ExactGraphMatching((4, 4), (ring, ring[:, ::-1]))
+    costs = rng().normal(size=(8, solver.size))
+    assert np.array_equal(solver.solve(costs), brute_force(costs, matchings(solver)))
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 5), (4, 6)])
+def test_heuristic_matching_is_mostly_the_best_and_never_far(n, m):
+    solver = GraphMatching((n, m))
+    costs = rng().normal(size=(300, solver.size))
+    found = solver.solve(costs)
+    assert solver.feasible(found).all()
+    value, best = ((costs * y).sum(1) for y in (found, brute_force(costs, matchings(solver))))
+    mean = np.stack([(costs @ matchings(solver).T).mean(1)])[0]
+    assert (value >= best - 1e-9).all()
+    assert np.mean(value <= best + 1e-9) > 0.9
+    assert (((value - best) / (mean - best)).max()) < 0.5  # at worst half as far from the best as a random matching
+
+
+def test_matching_finds_a_hidden_isomorphism():
+    n, solver = 8, GraphMatching((8, 8))
+    weights = rng().uniform(size=(20, n, n))
+    hidden = np.stack([rng(i).permutation(n) for i in range(20)])
+    moved = np.empty_like(weights)
+    for w, p, out in zip(weights, hidden, moved):
+        out[np.ix_(p, p)] = w
+    first, second = solver.first.T, solver.second.T
+    edge = np.abs(weights[:, first[0], first[1]][:, :, None] - moved[:, second[0], second[1]][:, None])
+    cost = solver.pack(torch.zeros(20, n, n, dtype=torch.float64), torch.from_numpy(edge))
+    nodes, _ = solver.unpack(torch.from_numpy(solver.solve(cost.numpy())))
+    assert np.mean((nodes.argmax(-1).numpy() == hidden).all(1)) > 0.9
+
+
+# Mixed-integer programs
+
+KNAPSACK = LinearConstraint(np.array([[3.0, 4, 5, 6], [1, 1, 1, 0]]), ub=[9, 2])
+
+
+def test_knapsacks_are_the_best_of_all():
+    structures = [y for y in itertools.product((0, 1), repeat=4) if (KNAPSACK.A @ y <= KNAPSACK.ub).all()]
+    costs = rng().normal(0.5, 1, size=(200, 4))
+    solver = MixedInteger(KNAPSACK, sense="max")
+    found = solver.solve(costs)
+    assert np.array_equal(found, brute_force(costs, structures, "max"))
+    assert solver.feasible(found).all()
+    assert not solver.feasible(np.ones((1, 4))).any()
+    assert np.array_equal(MixedInteger(KNAPSACK).solve(-costs), found)
+
+
+def test_the_scale_of_costs_does_not_matter():
+    costs = rng().normal(size=(20, 4))
+    solver = MixedInteger(KNAPSACK)
+    for scale in (1e-12, 1e12):
+        assert np.array_equal(solver.solve(scale * costs), solver.solve(costs))
+
+
+def test_mixed_programs_round_integers_only():
+    solver = MixedInteger(
+        LinearConstraint(np.array([[1.0, 1.0]]), ub=1.5), integrality=np.array([1, 0]), bounds=Bounds(0, 2), sense="max"
+    )
+    assert solver.solve(np.array([[2.0, 1.0], [1.0, 3.0]])).tolist() == [[1, 0.5], [0, 1.5]]
+
+
+# Every solver
+
+
+def every_solver():
+    return [
+        (TopK(3), (8,)),
+        (Ranking(), (8,)),
+        (Assignment(), (4, 6)),
+        (ShortestPath(8), (6, 7)),
+        (ShortestPath(4), (6, 7)),
+        (Tour(), (7, 7)),
+        (HeldKarp(), (7, 7)),
+        (Tour(dynamic=2), (7, 7)),
+        (GraphMatching((3, 4)), (GraphMatching((3, 4)).size,)),
+        (ExactGraphMatching((3, 3)), (ExactGraphMatching((3, 3)).size,)),
+        (MixedInteger(KNAPSACK, sense="max"), (4,)),
+    ]
+
+
+@pytest.mark.parametrize(("solver", "shape"), every_solver(), ids=lambda value: str(value))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_shapes_types_and_inputs_are_kept(solver, shape, dtype):
+    costs = rng().uniform(0.1, 1, size=(3, *shape)).astype(dtype)
+    costs.flags.writeable = False
+    found = solver.solve(costs)
+    assert found.shape == costs.shape
+    assert found.dtype == dtype
+    assert np.array_equal(found[1:2], solver.solve(costs[1:2]))
+    assert solver.feasible(found).all()
