@@ -8,6 +8,7 @@ strings, loaded without unpickling code.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -42,6 +43,8 @@ class Checkpoints:
     def load(self) -> dict[str, Any] | None:
         """The last state, or None where nothing was saved yet."""
         path = self.folder / "last" / "state.pt"
+        for draft in self.folder.glob("*/*.tmp"):  # what a killed writer left behind
+            draft.unlink(missing_ok=True)
         return read_state(path) if path.exists() else None
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
@@ -56,8 +59,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
     Whoever reads ``path`` meets the old content or the new one, whenever the writer is killed.
     """
     path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
+    # A name of its own: a writer that was thought dead must not write into the same draft.
+    descriptor, beside = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
+    with os.fdopen(descriptor, "wb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())
@@ -69,21 +73,25 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
         os.close(folder)
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_state(source: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> dict[str, Any]:
     """A saved state, on the CPU.
+
+    Args:
+        source: a path, or an open file; ``name`` is what errors call it.
 
     Raises:
         ValueError: for a file that is not there, not a checkpoint, or of another format.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"checkpoint: found no file {path}; train first, or name the folder that holds checkpoints/")
+    name = str(source) if name is None else name
+    if isinstance(source, str | os.PathLike) and not Path(source).is_file():
+        raise ValueError(f"checkpoint: found no file {name}; train first, or name the folder that holds checkpoints/")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and key errors, by what is wrong with the file
-        raise ValueError(f"checkpoint: {path} cannot be read ({error}); wanted one that fit() wrote") from error
+        raise ValueError(f"checkpoint: {name} cannot be read ({_first_line(error)}); wanted one that fit() wrote") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         found = state.get("format") if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"checkpoint: {path} has format {found}, wanted {FORMAT}; it is not one that fit() wrote")
+        raise ValueError(f"checkpoint: {name} has format {found}, wanted {FORMAT}; it is not one that fit() wrote")
     return state
 
 
@@ -107,3 +115,7 @@ def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str = "c
             f"{source}: is of another model: it {'; '.join(problems[:3])}{more}. Use the configuration it was trained "
             f"with, or another folder"
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

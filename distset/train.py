@@ -54,7 +54,10 @@ class Example(NamedTuple):
 class Task(Protocol):
     """A model with its loss and metrics; all that `fit` knows of either."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """The loss of one set, a scalar; everything random follows from ``seed``."""

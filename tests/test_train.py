@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+
 from distset import Exact, InMemory, Sampled
 from distset.checkpoints import Checkpoints
 from distset.optim import Optimisation

@@ -8,7 +8,6 @@ predicts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
@@ -23,7 +22,7 @@ from distset.seeds import seeded
 from distset.sets import ChunkedSet
 from distset.train import Example
 
-__all__ = ["BagModel", "BagTask", "bag_metrics", "bag_task", "choose_threshold", "predicted_classes"]
+__all__ = ["BagModel", "BagTask", "bag_task"]
 
 
 class BagModel(nn.Module):
@@ -80,12 +79,15 @@ class BagTask:
         return self._log_probabilities(set, seed=0)[0].exp()
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[int]) -> dict[str, float]:
-        """`bag_metrics` at threshold 1/2, and the weighted log-loss that `loss` is for one set."""
+        """The mean of the weighted log-loss, and `distset.report.bag_scores` at threshold 1/2 (AUROC and its kin)."""
+        from distset.report import bag_scores  # numpy, pandas and matplotlib: not needed for a model alone
+
         probabilities = torch.stack(list(outputs)).double()
         index = torch.as_tensor(targets)
         log_p = probabilities[torch.arange(len(index)), index].clamp_min(1e-30).log()
         weights = torch.tensor(self.class_weights, dtype=torch.float64)[index]
-        return {"loss": float(-(weights * log_p).mean()), **bag_metrics(probabilities, targets)}
+        scores = bag_scores(index.numpy(), probabilities.numpy(), resamples=0)
+        return {"loss": float(-(weights * log_p).mean()), **{name: score.value for name, score in scores.items()}}
 
     def _log_probabilities(self, set: ChunkedSet, seed: int) -> list[Tensor]:
         streams = self.model(set, seed=seed)
@@ -98,58 +100,6 @@ class BagTask:
                 )
         # One logit z is two, (0, z): their softmax is the sigmoid of z.
         return [F.log_softmax(F.pad(z.float(), (1, 0)) if wanted == 1 else z.float(), -1) for z in streams]
-
-
-def bag_metrics(probabilities: Tensor, targets: Sequence[int], threshold: float = 0.5) -> dict[str, float]:
-    """AUROC, balanced accuracy, F1 and accuracy of probabilities ``(N, C)``.
-
-    Two classes: the second one is predicted where its probability reaches ``threshold``. More: the likeliest one is, AUROC
-    is the macro mean of one class against the rest, F1 the macro mean. AUROC is nan where ``targets`` lack a class.
-    """
-    from sklearn import metrics
-
-    p, y = torch.as_tensor(probabilities).double().numpy(), torch.as_tensor(targets).numpy()
-    binary = p.shape[1] == 2
-    predicted = predicted_classes(torch.as_tensor(p), threshold).numpy()
-    every_class = len(set(y.tolist())) == p.shape[1]
-    auroc = math.nan
-    if every_class:
-        auroc = metrics.roc_auc_score(y, p[:, 1] if binary else p, multi_class="ovr")
-    present = sorted(set(y.tolist()))
-    recalls = [float((predicted[y == c] == c).mean()) for c in present]
-    f1 = metrics.f1_score(y, predicted, average="binary" if binary else "macro", zero_division=0.0)
-    return {
-        "auroc": float(auroc),
-        "balanced_accuracy": sum(recalls) / len(recalls),
-        "f1": float(f1),
-        "accuracy": float((predicted == y).mean()),
-    }
-
-
-def predicted_classes(probabilities: Tensor, threshold: float = 0.5) -> Tensor:
-    """Class indices ``(N,)`` of probabilities ``(N, C)``: by threshold on the second of two classes, else the likeliest."""
-    if probabilities.shape[1] == 2:
-        return (probabilities[:, 1] >= threshold).long()
-    return probabilities.argmax(1)
-
-
-def choose_threshold(probabilities: Tensor, targets: Sequence[int]) -> float:
-    """The threshold of highest balanced accuracy on *validation* probabilities ``(N, 2)``; 1/2 for more than two classes.
-
-    Candidates lie midway between neighbouring probabilities; of equally good ones the nearest to 1/2 is taken.
-    """
-    p, y = torch.as_tensor(probabilities).double(), torch.as_tensor(targets)
-    if p.shape[1] != 2 or len(set(y.tolist())) < 2:
-        return 0.5
-    levels = p[:, 1].unique()
-    candidates = [0.5, *((levels[1:] + levels[:-1]) / 2).tolist()]
-
-    def quality(threshold: float) -> tuple[float, float]:
-        chosen = p[:, 1] >= threshold
-        score = (chosen[y == 1].double().mean() + (~chosen[y == 0]).double().mean()).item() / 2
-        return round(score, 12), -abs(threshold - 0.5)
-
-    return max(candidates, key=quality)
 
 
 def bag_task(
@@ -166,7 +116,7 @@ def bag_task(
 
     Args:
         model: builds encoder and head, given ``dim`` and ``outputs``.
-        backbone: builds the feature extractor ``(M, *element)`` to ``(M, D)``, given ``shape``; None for none.
+        backbone: builds the feature extractor ``(M, *element)`` to ``(M, D)``, given ``shape``; None or empty for none.
         grad: the gradient strategy, or its configuration.
         element_shape: ``(D,)`` of vectors, ``(channels, height, width)`` of images.
         classes, class_weights: as in `BagTask`.
@@ -174,7 +124,7 @@ def bag_task(
     """
     outputs = 1 if len(classes) == 2 else len(classes)
     with seeded(seed, torch.device("cpu")):
-        extractor = None if backbone is None else build(backbone, "backbone", shape=tuple(element_shape))
+        extractor = None if not backbone else build(backbone, "backbone", shape=tuple(element_shape))
         dim = element_shape[0] if extractor is None else _width(extractor, element_shape)
         if extractor is None and len(element_shape) != 1:
             raise ValueError(

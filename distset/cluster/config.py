@@ -1,0 +1,29 @@
+"""Where and with what to train; needs no Ray to be read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = ["Cluster"]
+
+
+class Cluster(NamedTuple):
+    """Where and with what to train.
+
+    Attributes:
+        workers: processes; 0 for the driver's own process, without Ray.
+        cpus: cores of each worker, and its threads.
+        gpu: one GPU for each worker (collectives by NCCL, else by gloo).
+        address: of a running Ray cluster; None for ``RAY_ADDRESS`` if set, else a Ray of its own on this machine.
+        storage: folder or URI (``s3://...``) of checkpoints that every worker sees; None for the run folder.
+        max_failures: restarts after lost workers before giving up.
+        check_seconds: how often lost workers are looked for.
+    """
+
+    workers: int = 1
+    cpus: int = 1
+    gpu: bool = False
+    address: str | None = None
+    storage: str | None = None
+    max_failures: int = 3
+    check_seconds: float = 0.5

@@ -1,0 +1,130 @@
+"""Training on Ray Train: the same process function on 1 to n workers, restarted where one dies.
+
+Every worker calls ``process(watch=..., device=...)``; `distset.train.fit` inside finds the process group, takes its share
+of each step and goes on from the last checkpoint. So a killed worker, a killed driver and a lost node are one case: start
+again.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any, Protocol
+
+import ray
+import torch
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from distset.cluster.config import Cluster
+from distset.cluster.progress import Mailbox, MailboxWatch, Postman
+from distset.train import Record, Watch
+
+__all__ = ["Process", "start_ray", "train_on_ray"]
+
+
+class Process(Protocol):
+    """What each worker runs: a module's function, or a `functools.partial` of one."""
+
+    def __call__(self, *, watch: Watch, device: torch.device) -> Any: ...
+
+
+def start_ray(cluster: Cluster) -> None:
+    """Connect to the cluster's Ray or start one here, without its chatter; nothing where one is connected."""
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        cores = max(os.cpu_count() or 1, cluster.workers * cluster.cpus)
+        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+
+
+def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = None) -> Any:
+    """Run ``process`` on the cluster's workers; returns what rank 0 returned.
+
+    Args:
+        process: called as ``process(watch=..., device=...)`` on every worker; a ValueError of its is not tried again.
+        cluster: see `Cluster`; of at least one worker.
+        watch: told, in this process, what rank 0 tells its own.
+
+    Raises:
+        ValueError: what ``process`` raised.
+        RuntimeError: where workers died more often than ``max_failures``.
+    """
+    start_ray(cluster)
+    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    try:
+        # Ray Train wants a folder for checkpoints; ours are kept by fit(), see docs/decisions.md.
+        with tempfile.TemporaryDirectory() as unused, Postman(mailbox, watch or Watch()):
+            answer = _trainer(process, mailbox, cluster, unused).fit().return_value
+    except TrainingFailedError as error:
+        answer = {"error": ray.get(mailbox.failed.remote())}
+        if answer["error"] is None:
+            raise RuntimeError(f"cluster: training failed after {cluster.max_failures} restarts: {_cause(error)}") from error
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["result"]
+
+
+def _trainer(process: Process, mailbox: Any, cluster: Cluster, storage: str) -> Any:
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(cluster.check_seconds))
+    return TorchTrainer(
+        _work,  # type: ignore[arg-type]  # may return a value, says the documentation of Result.return_value
+        train_loop_config={"process": process, "mailbox": mailbox},
+        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus}
+        ),
+        run_config=RunConfig(
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]  # Ray shows mypy its old RunConfig
+        ),
+    )
+
+
+def _work(job: dict[str, Any]) -> dict[str, Any]:
+    """The loop of one worker."""
+    mailbox, device, context = job["mailbox"], ray.train.torch.get_device(), ray.train.get_context()
+    if failure := ray.get(mailbox.failed.remote()):
+        return {"error": failure}
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    rank = context.get_world_rank()
+    watch = _Reporting(mailbox) if rank == 0 else _Reporting(None)
+    try:
+        result = job["process"](watch=watch, device=device)
+    except ValueError as error:
+        ray.get(mailbox.fail.remote(str(error)))
+        if context.get_world_size() == 1:
+            return {"error": str(error)}
+        raise  # the others wait in a collective: let Ray end them
+    if rank == 0:
+        watch.flush()
+    return {"result": result if rank == 0 else None}
+
+
+class _Reporting(MailboxWatch):
+    """Rank 0's letters to the driver, and every rank's validation metrics to Ray Train, whose callbacks want them."""
+
+    def __init__(self, mailbox: Any) -> None:
+        super().__init__(mailbox)
+
+    def _post(self, name: str, args: tuple[Any, ...], at_once: bool = False) -> None:
+        if self.mailbox is not None:
+            super()._post(name, args, at_once)
+
+    def recorded(self, record: Record) -> None:
+        super().recorded(record)
+        if any(key.startswith("val/") for key in record):
+            ray.train.report(record)
+
+
+def _cause(error: Exception) -> str:
+    """The last line of the first worker's error."""
+    failures = getattr(error, "worker_failures", None)
+    text = str(next(iter(failures.values()))) if failures else str(error)
+    return text.strip().splitlines()[-1] if text.strip() else type(error).__name__
