@@ -105,7 +105,10 @@ class GraphMatching(Solver):
             raise ValueError(f"cost: got instances of shape {instance}, wanted ({self.size},), made by GraphMatching.pack")
 
     def solve(self, costs: np.ndarray) -> np.ndarray:
-        return np.stack([self._vector(self._search(self._match(cost))) for cost in costs]).astype(costs.dtype)
+        solutions = np.zeros_like(costs)
+        for cost, solution in zip(costs, solutions):
+            solution[:] = self._vector(self._search(self._match(cost)))
+        return solutions
 
     def feasible(self, solutions: np.ndarray) -> np.ndarray:
         n, m = self.nodes

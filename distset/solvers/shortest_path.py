@@ -81,7 +81,7 @@ class ShortestPath(Solver):
             raise ValueError(f"cost: got {costs.min():g}, wanted costs of at least 0")
         grid, (start, end) = self._grid(shape), self._ends(shape)
         solutions = np.zeros((len(costs), shape[0] * shape[1]), costs.dtype)
-        for cost, solution in zip(costs.reshape(len(costs), -1), solutions):
+        for cost, solution in zip(costs.reshape(solutions.shape), solutions):
             grid.graph.data[:] = cost[grid.into]  # type: ignore[attr-defined]
             _, before = dijkstra(grid.graph, indices=start, return_predecessors=True)
             cell = end

@@ -345,4 +345,5 @@ def test_shapes_types_and_inputs_are_kept(solver, shape, dtype):
     assert found.shape == costs.shape
     assert found.dtype == dtype
     assert np.array_equal(found[1:2], solver.solve(costs[1:2]))
+    assert solver.solve(costs[:0]).shape == (0, *shape)
     assert solver.feasible(found).all()
