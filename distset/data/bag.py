@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distset.data.schema import DTYPES
+from distset.data.splits import Split
 
 __all__ = ["Bag", "Encoded", "Source", "raw_rows"]
 
@@ -38,7 +39,14 @@ class Bag(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where sets come from. ``ids`` are in a fixed order, so that a killed ingest can be picked up where it stopped."""
+    """Where sets come from.
+
+    ``ids`` are in a fixed order, so that a killed ingest can be picked up where it stopped; ``splits`` are those the data
+    comes with, one a fold, empty where there are none.
+    """
+
+    @property
+    def splits(self) -> Sequence[Split]: ...
 
     @property
     def ids(self) -> Sequence[str]: ...

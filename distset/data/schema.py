@@ -50,7 +50,8 @@ class StoreInfo(NamedTuple):
         seed: of the permutation of rows in each set.
         num_sets, num_elements: totals.
         shards: sizes of the shard files in bytes.
-        source: what the store was made from, as the ingest was told.
+        source: what the elements were read from, as the ingest was told.
+        about: what the labels and splits came from; may change without reading the elements again.
         created_by: versions of the software that wrote it.
         version: of this layout.
     """
@@ -65,6 +66,7 @@ class StoreInfo(NamedTuple):
     num_elements: int
     shards: dict[str, int]
     source: dict[str, Any]
+    about: dict[str, Any]
     created_by: dict[str, str]
     version: int = FORMAT_VERSION
 

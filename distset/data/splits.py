@@ -17,7 +17,7 @@ import numpy as np
 from distset.data.files import write_atomically
 from distset.seeds import seed_for
 
-__all__ = ["Split", "check_split", "load_splits", "make_splits", "save_splits"]
+__all__ = ["Split", "SplitPlan", "check_split", "load_splits", "make_splits", "save_splits"]
 
 PARTS = ("train", "val", "test")
 
@@ -28,6 +28,21 @@ class Split(NamedTuple):
     train: list[str]
     val: list[str]
     test: list[str]
+
+
+class SplitPlan(NamedTuple):
+    """How a store gets its splits.
+
+    Attributes:
+        files: the user's split tables, one a fold (or a folder of them); see `read_split_tables`.
+        folds: without files: 1 split, a k-fold cross-validation, or none (0).
+        val, test: shares, as in `make_splits`.
+    """
+
+    files: Sequence[str | Path] = ()
+    folds: int = 1
+    val: float = 0.15
+    test: float = 0.25
 
 
 def make_splits(

@@ -24,6 +24,7 @@ from distset.data import schema
 from distset.data.bag import Bag, dtype_name, raw_rows
 from distset.data.files import publish, sole_writer, write_atomically
 from distset.data.images import image_shape
+from distset.data.labels import Labelled
 from distset.data.schema import DTYPES, StoreInfo, element_bytes
 from distset.data.splits import Split, save_splits
 from distset.seeds import seed_for
@@ -136,6 +137,11 @@ class StoreWriter:
         """Ids of the sets that are written, in order; those of an earlier start included."""
         return [record[schema.SET_ID] for record in (*self._records, *self._open)]
 
+    def said(self) -> dict[str, Labelled]:
+        """What the bags that are written said of themselves."""
+        records = (*self._records, *self._open)
+        return {r[schema.SET_ID]: Labelled(r["case_id"] or r[schema.SET_ID], r["label"]) for r in records}
+
     def add(self, bag: Bag) -> None:
         """Write one bag.
 
@@ -161,16 +167,18 @@ class StoreWriter:
     def finish(
         self,
         *,
-        labels: Mapping[str, tuple[str, str | None]] | None = None,
+        labels: Mapping[str, Labelled] | None = None,
         classes: Sequence[str] | None = None,
-        splits: Mapping[str, Sequence[Split]] | None = None,
+        splits: Sequence[Split] = (),
+        about: Mapping[str, Any] | None = None,
     ) -> Any:
         """Write the index, the splits and ``store.json``; returns the `Store`.
 
         Args:
-            labels: ``{set_id: (case_id, label)}``, in the place of what the bags said.
+            labels: ``{set_id: Labelled(case_id, label)}``, in the place of what the bags said.
             classes: names of the classes in order; those found, sorted, if None.
-            splits: ``{name: folds}``, each fold a `Split`.
+            splits: one a fold; written as the split file "default" where there are any.
+            about: what labels and splits came from, as JSON has it.
 
         Raises:
             ValueError: where no bag was written, for classes unknown or only one, for splits that leak.
@@ -183,9 +191,11 @@ class StoreWriter:
             raise ValueError("bags: got none, wanted at least one set to store")
         index = _index(self._records, labels)
         found = class_names([row["label"] for row in index], classes)
-        for name, folds in (splits or {}).items():
-            cases = {row[schema.SET_ID]: row["case_id"] for row in index}
-            save_splits(self.path / schema.SPLITS / f"{name}.csv", folds, cases)
+        split_file = self.path / schema.SPLITS / "default.csv"
+        if splits:
+            save_splits(split_file, splits, {row[schema.SET_ID]: row["case_id"] for row in index})
+        else:
+            split_file.unlink(missing_ok=True)
         table = pa.Table.from_pylist(index, schema=schema.index_schema())
         draft = self.path / (schema.INDEX + ".tmp")
         pq.write_table(table, draft)
@@ -195,7 +205,7 @@ class StoreWriter:
         shards = {file: (self.path / file).stat().st_size for file in files}
         info = StoreInfo(
             layout.kind, layout.encoding, layout.dtype, layout.shape, tuple(found), self.seed, len(index), elements,
-            shards, self.source, schema.versions(),
+            shards, self.source, dict(about or {}), schema.versions(),
         )  # fmt: skip
         write_atomically(self.path / schema.INFO, info.dumps())
         return Store(self.path)
@@ -412,7 +422,7 @@ def _offsets(path: Path, record: dict[str, Any], layout: Layout) -> list[int]:
     return offsets
 
 
-def _index(records: Sequence[dict[str, Any]], labels: Mapping[str, tuple[str, str | None]] | None) -> list[dict[str, Any]]:
+def _index(records: Sequence[dict[str, Any]], labels: Mapping[str, Labelled] | None) -> list[dict[str, Any]]:
     rows = []
     for record in records:
         case, label = record["case_id"], record["label"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from distset import UMBC, Exact, InMemory, encode_set
-from distset.data import Bag, Store, StoreWriter, gaussian_bags, write_store
+from distset.data import Bag, Labelled, Store, StoreWriter, gaussian_bags, write_store
 from distset.data.schema import DTYPES
 
 
@@ -151,7 +151,7 @@ def test_the_index_knows_labels_cases_and_what_the_reader_said(tmp_path):
     with StoreWriter(tmp_path) as writer:
         for bag in bags:
             writer.add(bag)
-        store = writer.finish(labels={"s0": ("p", "b"), "s1": ("p", None)}, classes=["b", "a"])
+        store = writer.finish(labels={"s0": Labelled("p", "b"), "s1": Labelled("p", None)}, classes=["b", "a"])
     assert store.ids == ["s0", "s1", "s2", "s3"]
     assert store.sets["case_id"].to_pylist() == ["p", "p", "s2", "s3"]
     assert store.labels(["s0", "s2", "s3"]).tolist() == [0, 1, 0]
