@@ -17,7 +17,6 @@ References:
     Özcan, Shi, Ioannidis: Learning Set Functions with Implicit Differentiation. AAAI 2025, Theorem 4.3.
     https://arxiv.org/abs/2412.11239
     Bai, Kolter, Koltun: Deep Equilibrium Models. NeurIPS 2019. https://arxiv.org/abs/1909.01377
-    Walker, Ni: Anderson Acceleration for Fixed-Point Iterations. SIAM J. Numer. Anal. 49 (2011).
 """
 
 from __future__ import annotations
@@ -25,17 +24,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distset.iterations import Anderson, Damped, Iteration, Plain
 from distset.krylov import GMRES, Dense, Neumann, attainable, safe
 
 __all__ = [
-    "GMRES", "Anderson", "Damped", "Dense", "FixedPointWarning", "Implicit", "Neumann", "OneStep", "Plain", "Solution",
-    "Status", "Stop", "Unrolled", "fixed_point", "lipschitz",
+    "GMRES", "Anderson", "Damped", "Dense", "FixedPointWarning", "Implicit", "Iteration", "Neumann", "OneStep", "Plain",
+    "Solution", "Status", "Stop", "Unrolled", "fixed_point", "lipschitz",
 ]  # fmt: skip
 
 Step = Callable[[Tensor], Tensor]
@@ -110,87 +110,6 @@ class Solution(NamedTuple):
         return "; ".join(lines)
 
 
-class Plain:
-    """The next point is ``step(x)``."""
-
-    def start(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, fx: fx
-
-    def __repr__(self) -> str:
-        return "Plain()"
-
-
-class Damped:
-    """The next point is ``x + rate * (step(x) - x)``, which calms a map that overshoots into a cycle.
-
-    Raises:
-        ValueError: for a rate outside (0, 1].
-    """
-
-    def __init__(self, rate: float = 0.3) -> None:
-        if not 0 < rate <= 1:
-            raise ValueError(f"rate: got {rate}, wanted a share of the step in (0, 1]; 1 is Plain()")
-        self.rate = rate
-
-    def start(self) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda x, fx: torch.lerp(x, fx, self.rate)
-
-    def __repr__(self) -> str:
-        return f"Damped({self.rate})"
-
-
-class Anderson:
-    """Anderson acceleration: the combination of the last ``memory`` steps that would have the least residual, per set.
-
-    Args:
-        memory: differences kept; ``2 * memory`` copies of x.
-        rate: the share of the step that is taken from the combination.
-        ridge: relative regularisation of the least squares.
-    """
-
-    def __init__(self, memory: int = 5, rate: float = 1.0, ridge: float = 1e-10) -> None:
-        if memory < 1:
-            raise ValueError(f"memory: got {memory}, wanted at least 1 past step; without any it is Plain()")
-        self.memory, self.rate, self.ridge = memory, rate, ridge
-
-    def start(self) -> Callable[[Tensor, Tensor], Tensor]:
-        points: list[Tensor] = []
-        changes: list[Tensor] = []
-
-        def advance(x: Tensor, fx: Tensor) -> Tensor:
-            points.append(x)
-            changes.append(fx - x)
-            del points[: -self.memory - 1], changes[: -self.memory - 1]
-            return self._combine(torch.stack(points, -2), torch.stack(changes, -2))
-
-        return advance
-
-    def _combine(self, x_KN: Tensor, r_KN: Tensor) -> Tensor:
-        latest = x_KN[..., -1, :] + self.rate * r_KN[..., -1, :]
-        if x_KN.shape[-2] == 1:
-            return latest
-        dx_KN, dr_KN = x_KN.diff(dim=-2), r_KN.diff(dim=-2)
-        gram = dr_KN @ dr_KN.mT
-        scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        tiny = torch.finfo(gram.dtype).tiny
-        ridge = max(self.ridge, torch.finfo(gram.dtype).eps)
-        weights = torch.linalg.solve(gram / (scale + tiny) + ridge * eye, dr_KN @ r_KN[..., -1, :, None] / (scale + tiny))
-        return latest - (weights * (dx_KN + self.rate * dr_KN)).sum(-2)
-
-    def __repr__(self) -> str:
-        return f"Anderson({self.memory}, rate={self.rate})"
-
-
-class Iteration(Protocol):
-    """How the next point follows from ``x`` and ``step(x)``; ``start`` gives a function with a memory of its own.
-
-    It sees one dimension of unknowns, ``(*, N)``.
-    """
-
-    def start(self) -> Callable[[Tensor, Tensor], Tensor]: ...
-
-
 class Unrolled:
     """Plain autograd through ``steps`` iterations from ``x0``: memory grows with them; the tolerances only inform."""
 
@@ -245,12 +164,12 @@ class Implicit:
         solution, x = _iterate(step, x0, iteration, stop, event_ndim)
         if not torch.is_grad_enabled():
             return solution
-        fx = step(x)
+        z = x.detach().requires_grad_()
+        fx = step(z)
         _check_repeats(solution.value, fx)
-        if not fx.requires_grad:
-            return solution._replace(value=fx)
-        autocast = _Autocast.current(x.device.type)
-        return solution._replace(value=_Implicit.apply(fx, step, x, self.solver, autocast, event_ndim))
+        if not _learns(fx, z):
+            return solution
+        return solution._replace(value=_Implicit.apply(fx, self.solver, event_ndim, (fx, z)))
 
     def __repr__(self) -> str:
         return f"Implicit({self.solver!r})"
@@ -404,46 +323,28 @@ class _Progress:
         return Solution(self.value, status, self.residual, self.iterations, self.period, trace)
 
 
-class _Autocast(NamedTuple):
-    """The user's autocast, kept since backward runs outside of it."""
-
-    device: str
-    dtype: torch.dtype | None
-
-    @staticmethod
-    def current(device: str) -> _Autocast:
-        return _Autocast(device, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None)
-
-    def context(self) -> torch.autocast:
-        return torch.autocast(self.device, dtype=self.dtype, enabled=self.dtype is not None, cache_enabled=False)
-
-
 class _Implicit(torch.autograd.Function):
-    """Identity on the step at the solution; its backward replaces the cotangent g by ``(I - J^T)^-1 g``."""
+    """Identity on the step at the solution z; its backward replaces the cotangent g by ``(I - J^T)^-1 g``.
+
+    The products with J go through the graph of that same step, before it hands the parameters their gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, fx: Tensor, step: Step, x: Tensor, solver: Any, autocast: _Autocast, event_ndim: int) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.job = (step, solver, autocast, event_ndim)
+    def forward(ctx: Any, fx: Tensor, solver: Any, event_ndim: int, graph: tuple[Tensor, Tensor]) -> Tensor:
+        ctx.job = (solver, event_ndim, graph)
         return fx.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        step, solver, autocast, event_ndim = ctx.job
-        with torch.enable_grad(), autocast.context():
-            z = x.detach().requires_grad_()
-            fz = step(z)
-        return (_solve_cotangent(fz, z, cotangent, solver, event_ndim), None, None, None, None, None)
+        solver, event_ndim, (fz, z) = ctx.job
+        return _solve_cotangent(fz, z, cotangent, solver, event_ndim), None, None, None
 
 
 def _solve_cotangent(fz: Tensor, z: Tensor, cotangent: Tensor, solver: Any, event_ndim: int) -> Tensor:
     batch = z.shape[: z.dim() - event_ndim]
 
     def vjp(u_BN: Tensor) -> Tensor:
-        if not fz.requires_grad:
-            return torch.zeros_like(u_BN)
         (product,) = torch.autograd.grad(fz, z, u_BN.reshape(z.shape), retain_graph=True, allow_unused=True)
         return torch.zeros_like(u_BN) if product is None else product.reshape(u_BN.shape)
 
@@ -461,6 +362,21 @@ def _solve_cotangent(fz: Tensor, z: Tensor, cotangent: Tensor, solver: Any, even
             stacklevel=2,
         )
     return torch.where(bad_B.unsqueeze(-1), g_BN, u_BN).reshape(cotangent.shape)
+
+
+def _learns(fz: Tensor, z: Tensor) -> bool:
+    """Whether the step depends on a leaf that wants a gradient, beside z."""
+    pending, seen = [fz.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and leaf is not z:
+            return True
+        pending += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def _flat(advance: Callable[[Tensor, Tensor], Tensor], x: Tensor, fx: Tensor, event_ndim: int) -> Tensor:

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distset.encode import encode_set
+from distset.encode import Exact, Full, encode_set
 from distset.encoders import ChunkEncoder
 from distset.fixed_point import Anderson, Implicit, Iteration, OneStep, Solution, Stop, Unrolled, fixed_point
 from distset.gains import real_dtype, soft_subset
 from distset.krylov import Dense
 from distset.seeds import generator_for
 from distset.set_functions import SumUtility
-from distset.sets import Chunk, ChunkedSet
+from distset.sets import Chunk, ChunkedSet, InMemory
 from distset.states import Sum
 
 __all__ = ["Field", "first_field", "offer_logits", "offer_loss", "solve_offer"]
@@ -107,7 +107,7 @@ def solve_offer(
     encoder = _NextSums(utility, seed, temperature)
 
     def step(u: Tensor) -> Tensor:
-        return encode_set(encoder, offer, seed=seed, condition=(u, total))
+        return encode_set(encoder, offer, grad=_sweep(offer), seed=seed, condition=(u, total))
 
     solution = fixed_point(step, sums.detach(), grad=grad, iteration=iteration, stop=stop, event_ndim=2)
     return Field(solution.value, total, seed, temperature, True, solution)
@@ -126,7 +126,8 @@ def offer_loss(utility: SumUtility, offer: ChunkedSet, field: Field, chosen: Ten
     """
     _check_chosen(chosen, len(offer))
     encoder = _Loss(utility, field.seed, field.temperature, field.solved)
-    return encode_set(encoder, offer, seed=field.seed, condition=(field.sums, field.total, chosen)).mean()
+    condition = (field.sums, field.total, chosen)
+    return encode_set(encoder, offer, grad=_sweep(offer), seed=field.seed, condition=condition).mean()
 
 
 def offer_logits(utility: SumUtility, offer: ChunkedSet, field: Field) -> Tensor:
@@ -243,8 +244,13 @@ def _start(utility: SumUtility, offer: ChunkedSet, samples: int, seed: int, *, h
         )
     if samples < 1:
         raise ValueError(f"samples: got {samples}, wanted at least 1 draw")
-    rows = encode_set(_StartSums(utility, seed), offer, seed=seed, condition=(samples, hard))
+    rows = encode_set(_StartSums(utility, seed), offer, grad=_sweep(offer), seed=seed, condition=(samples, hard))
     return rows[..., :samples, :], rows[..., samples, :] if utility.context else None
+
+
+def _sweep(offer: ChunkedSet) -> Exact | Full:
+    """One chunk in memory needs no replay: its graph is as large as the replay's would be."""
+    return Full() if isinstance(offer, InMemory) and offer.num_chunks == 1 else Exact()
 
 
 def _check_chosen(chosen: Tensor, size: int) -> None:
