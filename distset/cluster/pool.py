@@ -28,6 +28,7 @@ class SolverPool(Pooled):
     """
 
     overhead = 4e-3
+    startup = 3.0
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class SolverPool(Pooled):
     def _start(self) -> None:
         if not self._actors:
             self._actors = [self._new() for _ in range(self.workers)]
+            ray.get([actor.ready.remote() for actor in self._actors])  # starting up is not to count against a limit
 
     def _new(self) -> Any:
         return _Worker.options(num_cpus=self.num_cpus).remote(self.solver)  # type: ignore[attr-defined]
@@ -68,6 +70,8 @@ class SolverPool(Pooled):
         ray.kill(self._actors[worker])
         self._running.pop(worker, None)
         self._actors[worker] = self._new()
+        if self.hard is not None:
+            ray.get(self._actors[worker].ready.remote())
 
     def close(self) -> None:
         if ray.is_initialized():
@@ -86,6 +90,9 @@ class _Worker:
 
         torch.set_num_threads(1)
         self.solver = solver
+
+    def ready(self) -> None:
+        """Answered once the process is up."""
 
     def answer(self, costs: np.ndarray) -> Answer:
         return answer(self.solver, costs)

@@ -6,7 +6,8 @@ business: `LocalPool` forks them on this machine, `distset.cluster.SolverPool` m
 
 Sending costs time. A pool of w workers is used where it is expected to save a tenth, B t / w + overhead < 0.9 B t, for B
 instances of t seconds each: t is measured on a few instances and kept up to date, the overhead starts from a measured
-figure (``overhead``) and follows what pooled calls turn out to cost. Elsewhere the batch is solved in process.
+figure (``overhead``) and follows what pooled calls turn out to cost. Elsewhere the batch is solved in process. Workers are
+started once what they would have saved so far passes what starting them takes (``startup``).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Pooled(Solver):
     """
 
     overhead: float
+    startup: float
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class Pooled(Solver):
         self.nonnegative, self.scale_free = self.solver.nonnegative, self.solver.scale_free
         self.pooled_calls = 0
         self._paces: dict[tuple[int, ...], Pace] = {}
-        self._overhead = self.overhead
+        self._overhead, self._missed = self.overhead, 0.0
 
     # What the workers are
 
@@ -172,7 +174,11 @@ class Pooled(Solver):
         if pace is None or len(costs) == 1:
             return False
         alone = pace.seconds * len(costs)
-        return alone / self.workers + self._overhead < 0.9 * alone
+        saved = alone - (alone / self.workers + self._overhead)
+        if saved < 0.1 * alone:
+            return False
+        self._missed += saved
+        return self.pooled_calls > 0 or self._missed > self.startup
 
     def _chunk(self, costs: np.ndarray) -> int:
         """Instances a chunk: one chunk a worker, or more where they take long and unequally so."""
@@ -287,6 +293,7 @@ class LocalPool(Pooled):
     """
 
     overhead = 0.5e-3
+    startup = 0.05
 
     _processes: list[Any]
     _pipes: list[Connection]
