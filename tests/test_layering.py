@@ -22,7 +22,7 @@ SPINE = """
     encoders
     blocks
     noise
-    set_functions krylov offers
+    set_functions krylov iterations offers
     subsets
     solvers
     projections
@@ -31,6 +31,7 @@ SPINE = """
     gains
     mean_field large_offers
     metrics optim
+    choose
     explain
     train
     testing
