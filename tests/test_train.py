@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 
 from distset import Exact, InMemory, Sampled
 from distset.checkpoints import Checkpoints
@@ -69,7 +73,7 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, stop, grad):
 
 def test_every_epoch_reads_every_set_once_in_an_order_of_its_own():
     plan = Plan(epochs=3, batch=4, seed=1)
-    epochs = [sum((plan.indices(epoch * 3 + step, 10) for step in range(3)), []) for epoch in range(3)]
+    epochs = [[i for step in range(3) for i in plan.indices(epoch * 3 + step, 10)] for epoch in range(3)]
     assert all(sorted(order) == list(range(10)) for order in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert plan.indices(5, 10) == plan.indices(5, 10) != plan._replace(seed=2).indices(5, 10)
@@ -126,3 +130,142 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     (tmp_path / "last" / "state.pt").write_bytes(b"half a checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):
         fit(make_task(), bags, plan=plan, checkpoints=Checkpoints(tmp_path))
+
+
+UNEVEN = PLAN._replace(epochs=2, batch=11, evaluate_every=2)  # batches of 11 and 1 sets
+
+
+def _fit_double(checkpoints: Checkpoints | None = None, watch: Watch | None = None):
+    """In float64 with SGD, whose steps do not blow rounding up as Adam's do where a gradient is next to nothing."""
+    bags = [Example(InMemory(b.set.elements.double(), 4, name=b.set.name), b.target) for b in make_bags()]
+    task = make_task(Sampled(1))
+    task.model.double()
+    recipe = Optimisation(torch.optim.SGD, lr=0.1, clip=1.0)
+    fitted = fit(task, bags, bags[:4], plan=UNEVEN, optimisation=recipe, checkpoints=checkpoints, watch=watch)
+    return task.model.state_dict(), fitted.history
+
+
+def _train_together(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    torch.save(_fit_double(Checkpoints(Path(folder))), f"{folder}/rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_step_does_not_depend_on_the_number_of_workers(tmp_path):
+    """Two workers, one of them without a set at every second step, go on from what one left: the same run to rounding."""
+    weights, history = _fit_double()
+    with pytest.raises(Stop):
+        _fit_double(Checkpoints(tmp_path), StopAt(4))
+    assert Checkpoints(tmp_path).load()["progress"]["step"] == 3
+    mp.spawn(_train_together, args=(2, str(tmp_path)), nprocs=2)
+    (first, first_history), (second, _) = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(2))
+    assert same(first, second)
+    for name, value in weights.items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-12)
+    for got, want in zip(first_history, history, strict=True):
+        assert got == pytest.approx(want, rel=1e-6)  # a logged loss travels as float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs: got 0, wanted at least 1"),
+        ({"checkpoint_every": -1}, "checkpoint_every: got -1"),
+        ({"precision": "float16"}, "precision: got 'float16'"),
+        ({"monitor": "auroc2"}, "monitor: got 'auroc2', which the task does not measure; did you mean 'auroc'?"),
+        ({"patience": 0}, "patience: got 0"),
+    ],
+)
+def test_plans_out_of_range(change, message):
+    bags = make_bags(4)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        fit(make_task(), bags, bags, plan=Plan(epochs=1, batch=2)._replace(**change))
+
+
+def test_patience_needs_validation_sets():
+    with pytest.raises(ValueError, match="patience: got no validation sets"):
+        fit(make_task(), make_bags(4), plan=Plan(patience=2))
+
+
+def test_a_loss_that_is_not_finite_names_the_sets_and_spares_the_checkpoint(tmp_path):
+    bags = make_bags(6)
+    bags[3].set.elements[0, 0] = torch.inf
+    plan = Plan(epochs=2, batch=1, checkpoint_every=1)
+    bad = [plan.indices(step, 6) for step in range(6)].index([3])
+    with pytest.raises(ValueError, match=rf"the loss is nan at step {bad + 1} \(sets bag-3\); lower optim.lr"):
+        fit(make_task(), bags, plan=plan, checkpoints=Checkpoints(tmp_path))
+    saved = Checkpoints(tmp_path).load()
+    assert saved is None if bad == 0 else saved["progress"]["step"] == bad
+    assert all(tensor.isfinite().all() for tensor in (saved or {"model": {}})["model"].values())
+
+
+def test_train_mode_batchnorm_is_refused_at_the_first_step():
+    encoder, head = deepsets(4, 1)
+    encoder.phi.insert(1, nn.BatchNorm1d(128))
+    task = BagTask.of(encoder, head, classes=["no", "yes"])
+    with pytest.raises(ValueError, match=r"phi\.1 is a BatchNorm1d in training mode"):
+        fit(task, make_bags(4), plan=Plan(epochs=1))
+
+
+def test_logits_of_another_number_of_classes():
+    encoder, head = deepsets(4, 2)
+    task = BagTask.of(encoder, head, classes=["no", "yes"])
+    with pytest.raises(ValueError, match=r"logits of shape \(2,\) for one set, wanted \(1,\) for the 2 classes no, yes"):
+        fit(task, make_bags(4), plan=Plan(epochs=1))
+
+
+def test_bfloat16_trains_and_resumes_to_the_same_bits(tmp_path):
+    bags, plan = make_bags(6), PLAN._replace(epochs=2, precision="bfloat16")
+    whole = make_task()
+    fit(whole, bags, bags, plan=plan)
+    with pytest.raises(Stop):
+        fit(make_task(), bags, bags, plan=plan, checkpoints=Checkpoints(tmp_path), watch=StopAt(4))
+    task = make_task()
+    fit(task, bags, bags, plan=plan, checkpoints=Checkpoints(tmp_path))
+    assert same(task.model.state_dict(), whole.model.state_dict())
+    full = make_task()
+    fit(full, bags, bags, plan=plan._replace(precision="float32"))
+    assert not same(full.model.state_dict(), whole.model.state_dict())
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    groups = Optimisation(lr=1.0, weight_decay=0.1).create(model).param_groups
+    decayed = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert [decayed[id(p)] for p in model.parameters()] == [0.1, 0.0, 0.0, 0.0]
+
+
+def test_an_unused_parameter_is_treated_alike_by_every_number_of_workers():
+    task = make_task()
+    task.model.unused = nn.Parameter(torch.ones(2, 2))
+    fit(task, make_bags(4), plan=Plan(epochs=1, batch=4), optimisation=Optimisation(lr=0.1, weight_decay=0.5))
+    assert torch.all(task.model.unused < 1)  # decayed, as with several workers, whose all-reduce makes zeros of it
+
+
+class _DiesWhileWriting(Checkpoints):
+    """Writes half a file at the third save, as a killed process does."""
+
+    saves = 0
+
+    def _write(self, name, state):
+        self.saves += name == "last"
+        if self.saves == 3:
+            path = self.folder / name / "state.pt"
+            content = path.read_bytes()
+            path.with_name("state.pt-killed.tmp").write_bytes(content[: len(content) // 2])
+            raise Stop
+        super()._write(name, state)
+
+
+def test_half_a_checkpoint_is_never_taken_for_a_whole_one(tmp_path):
+    bags = make_bags()
+    whole = make_task()
+    fit(whole, bags, bags[:6], plan=PLAN)
+    with pytest.raises(Stop):
+        fit(make_task(), bags, bags[:6], plan=PLAN, checkpoints=_DiesWhileWriting(tmp_path))
+    task = make_task()
+    fit(task, bags, bags[:6], plan=PLAN, checkpoints=Checkpoints(tmp_path))
+    assert same(task.model.state_dict(), whole.model.state_dict())
+    assert not list(tmp_path.rglob("*.tmp"))
