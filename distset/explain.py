@@ -121,11 +121,11 @@ def _stages(encoder: ChunkEncoder | Sweeps, seed: int) -> list[tuple[ChunkEncode
     return [(stage, seed_for(seed, "stage", number)) for number, stage in enumerate(stages)]
 
 
+@torch.enable_grad()  # also within the caller's no_grad
 def _cotangents(score: Score, total: Any) -> list[Tensor]:
     """The derivatives of the scores in each of the state's sums: ``(C, *sum)``, one tensor a sum."""
     sums = tuple(s.detach().requires_grad_() for s in total.summands(total))
-    with torch.enable_grad():
-        scores = score(total.with_sums(sums))
+    scores = score(total.with_sums(sums))
     if scores.dim() != 1:
         raise ValueError(f"score: got scores of shape {tuple(scores.shape)}, wanted (C): one number a score, for one set")
     grads = [torch.autograd.grad(one, sums, retain_graph=True, materialize_grads=True) for one in scores]

@@ -172,6 +172,13 @@ def test_no_graph_is_left_behind():
     assert encoder.to_value.weight.grad is None
 
 
+def test_also_where_gradients_are_off():
+    encoder, bag = UMBC(DIM, 3).double().eval(), InMemory(elements(), chunk_size=4)
+    with torch.no_grad():
+        there = explained(encoder, bag)
+    torch.testing.assert_close(there, explained(encoder, bag), **CLOSE)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

@@ -1,0 +1,253 @@
+"""jobs.evaluate and jobs.predict on a run that jobs.train made, from the command line on."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from PIL import Image
+
+from distset import InMemory, encode_set
+from distset.bag_explain import ExplainPlan, Geometry, element_scores, explain_bag, folder_name, spacing
+from distset.bag_predict import Trained, choose_sets
+from distset.data import Bag, Store, write_store
+from distset.report import bag_scores
+from distset.runs import RunFolder
+from jobs import evaluate, predict, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder: bags of digits, one epoch, in this process."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    overrides = [f"run.dir={folder}", "run.bar=false", "cluster=none", "plan.epochs=1", "data.make.bags=[12,8,8]"]
+    with initialize_config_module("conf", version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", overrides), resolve=True)
+    train.ensure_store(config["data"])
+    train.train(config, folder)
+    return folder
+
+
+@pytest.fixture
+def job(monkeypatch, capsys, tmp_path):
+    """Call a job as the shell does; gives what it printed, errors too, and its exit code."""
+
+    def call(module, *overrides: str) -> tuple[str, int]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [module.__name__, *overrides])
+        try:
+            module.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return captured.out + captured.err, code
+
+    return call
+
+
+def test_evaluate_gives_the_figures_of_the_run(run, job):
+    said, code = job(evaluate, f"run={run}", "resamples=100")
+    assert code == 0, said
+    out = run / "evaluate" / "data-test"
+    found, trained = json.loads((out / "metrics.json").read_text()), json.loads((run / "metrics.json").read_text())
+    assert found["threshold"] == trained["threshold"]
+    for name, interval in found["scores"].items():
+        assert interval["value"] == pytest.approx(trained["test"][name]["value"], abs=1e-12)
+        assert f"{interval['value']:.3f}" in said
+    assert {path.name for path in (out / "plots").iterdir()} == {"roc.png", "confusion.png"}
+    table, before = pd.read_csv(out / "predictions.csv"), pd.read_csv(run / "predictions.csv")
+    before = before[before["split"] == "test"].reset_index(drop=True)
+    np.testing.assert_allclose(table["prob_1"], before["prob_1"], atol=1e-7)
+    assert table["predicted"].tolist() == before["predicted"].tolist()
+
+
+@torch.no_grad()
+def test_evaluate_measures_how_well_elements_are_found(run, job, tmp_path):
+    said, code = job(evaluate, f"run={run}", "instances=true", "resamples=50", "data.part=val", "out=ev")
+    assert code == 0, said
+    found = json.loads((tmp_path / "ev" / "metrics.json").read_text())["instances"]
+    assert found["bags"] == 4
+    store, task = Store(run / "data"), RunFolder(run).load_task()
+    aurocs = []
+    for set_id in store.split().val:
+        bag = store.open(set_id)
+        truth = bag.instance_labels().numpy() > 0
+        if not truth.any():
+            continue
+        images = bag.chunk(0).elements
+        alone = [task.predict(InMemory(images[i : i + 1], element_ndim=3)).numpy() for i in range(len(truth))]
+        aurocs.append(bag_scores(truth.astype(int), np.array(alone), resamples=0)["auroc"].value)
+    assert found["alone"]["value"] == pytest.approx(np.mean(aurocs), abs=1e-6)
+
+
+def test_predict_all_sets_of_a_store(run, job):
+    said, code = job(predict, f"run={run}", "out=p", "threshold=0.0", "data.chunk_size=7")
+    assert code == 0, said
+    table = pd.read_parquet("p/predictions.parquet")
+    store, task = Store(run / "data"), RunFolder(run).load_task()
+    assert table["set_id"].tolist() == store.ids
+    assert set(table["predicted"]) == {"1"}
+    wanted = task.predict(store.open(store.ids[5])).detach().numpy()
+    np.testing.assert_allclose(table.loc[5, ["prob_0", "prob_1"]].astype(float), wanted, atol=1e-6)
+    assert "and 18 more" in said
+
+
+def test_elements_are_explained(run, job, tmp_path):
+    said, code = job(
+        predict,
+        f"run={run}",
+        "sets=[test-0001]",
+        "out=p",
+        "elements=true",
+        "explain.alone=true",
+        "explain.geojson=true",
+        "explain.top=3",
+    )
+    assert code == 0, said
+    (folder,) = (tmp_path / "p" / "elements").iterdir()
+    assert folder.name == "test-0001"
+    names = {"elements.parquet", "contribution.png", "attention.png", "patches.geojson", "top.csv", "top.parquet", "top.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    elements = pd.read_parquet(folder / "elements.parquet")
+    bag = Store(run / "data").open("test-0001")
+    assert elements["element"].tolist() == list(range(len(bag)))
+    assert sorted(elements["row"]) == list(range(len(bag)))
+    np.testing.assert_array_equal(elements[["x", "y"]], bag.coords())
+    np.testing.assert_array_equal(elements["label"], bag.instance_labels())
+    assert elements["attention"].sum() == pytest.approx(1, abs=1e-5)
+    np.testing.assert_allclose(elements["alone_0"] + elements["alone_1"], 1, atol=1e-6)
+    top = pd.read_csv(folder / "top.csv")
+    assert top["kind"].tolist() == ["top"] * 3 + ["bottom"] * 3
+    order = elements.sort_values("contribution_1", ascending=False, kind="stable")
+    assert top["element"].tolist()[:3] == order["element"].tolist()[:3]
+    features = json.loads((folder / "patches.geojson").read_text())["features"]
+    assert len(features) == len(bag)
+    measured = [feature["properties"]["measurements"]["contribution"] for feature in features]
+    np.testing.assert_allclose(measured, elements["contribution_1"])
+    assert {f["properties"]["classification"]["name"] for f in features} == {"1", "other"}
+
+
+def test_contributions_of_a_softmax_pool_sum_to_zero(run):
+    store, task = Store(run / "data"), RunFolder(run).load_task()
+    bag = store.open("test-0001")
+    parts = list(element_scores(task, bag))
+    contribution = torch.from_numpy(np.concatenate([part.contribution for part in parts]))[:, 0]
+    # all weights scaled alike leave a softmax as it is
+    assert abs(contribution.sum()) < 1e-5 * contribution.abs().sum()
+    logit = task.model.head(encode_set(task.model.encoder, bag, seed=0))
+    assert logit.shape == (1,)
+    assert torch.sigmoid(logit).item() == pytest.approx(task.predict(bag)[1].item(), abs=1e-6)
+
+
+def test_a_checkpoint_alone_needs_a_store(run, job, tmp_path):
+    shutil.copy(run / "checkpoints" / "best" / "state.pt", tmp_path / "model.pt")
+    said, code = job(predict, f"run={tmp_path}/model.pt")
+    assert code == 1
+    assert "checkpoint without its run; name a store" in said
+    said, code = job(predict, f"run={tmp_path}/model.pt", f"data.path={run}/data", "sets=[test-0003]")
+    assert code == 0, said
+    assert len(pd.read_csv(tmp_path / "predict" / "data" / "predictions.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["sets=[tset-0001]"], "sets: got 'tset-0001', which .* the nearest it holds is 'test-0001'"),
+        (["data.part=tset"], "part: got 'tset', wanted train, val, test or all"),
+        (["which=bst"], r"checkpoint: found no file .*bst/state\.pt"),
+        (["device=cuda:x"], "device: got 'cuda:x'"),
+        (["explain.targt=1"], r"explain\.targt: .* did you mean explain\.target"),
+        (["elements=true", "explain.target=9"], "target: got '9', wanted one of the classes 0, 1"),
+        (["data.fold=3", "data.part=test"], "fold: got 3"),
+    ],
+)
+def test_clear_errors(run, job, overrides, words):
+    said, code = job(predict, f"run={run}", *overrides)
+    assert code == 1
+    assert said.startswith("error: ")
+    assert re.search(words, said), said
+
+
+def test_a_folder_without_a_run_and_a_run_without_a_checkpoint(run, job, tmp_path):
+    said, code = job(predict, f"run={tmp_path}")
+    assert (code, "holds no config.yaml" in said) == (1, True), said
+    (tmp_path / "half").mkdir()
+    shutil.copy(run / "config.yaml", tmp_path / "half")
+    said, code = job(predict, f"run={tmp_path}/half")
+    assert (code, "found no file" in said and "train first" in said) == (1, True), said
+
+
+def test_a_store_of_other_elements(run, job, tmp_path):
+    bags = [Bag(f"s{i}", np.zeros((3, 5), np.float32), label="ab"[i % 2]) for i in range(4)]
+    write_store(tmp_path / "other", bags)
+    said, code = job(predict, f"run={run}", f"data.path={tmp_path}/other")
+    assert code == 1
+    assert "elements of shape (5,), the model was trained on (1, 8, 8)" in said
+
+
+def test_evaluate_on_another_store_knows_the_classes_by_name(run, job, tmp_path):
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (6, 1, 8, 8)).astype(np.uint8) for _ in range(4)]
+    write_store(tmp_path / "other", [Bag(f"s{i}", x, label="01"[i % 2]) for i, x in enumerate(images)])
+    said, code = job(evaluate, f"run={run}", f"data.path={tmp_path}/other", "data.part=all", "resamples=20", "out=o")
+    assert code == 0, said
+    assert json.loads((tmp_path / "o" / "metrics.json").read_text())["sets"] == 4
+    write_store(tmp_path / "third", [Bag(f"s{i}", x, label="0b"[i % 2]) for i, x in enumerate(images)])
+    said, code = job(evaluate, f"run={run}", f"data.path={tmp_path}/third", "data.part=all")
+    assert (code, "has b, the model knows 0, 1" in said) == (1, True), said
+    write_store(tmp_path / "none", [Bag(f"s{i}", x) for i, x in enumerate(images)])
+    said, code = job(evaluate, f"run={run}", f"data.path={tmp_path}/none", "data.part=all")
+    assert (code, "labels: 4 sets have none, the first is 's0'" in said) == (1, True), said
+    said, code = job(predict, f"run={run}", f"data.path={tmp_path}/none", "out=n")
+    assert code == 0, said
+    assert "label" not in pd.read_csv(tmp_path / "n" / "predictions.csv").columns
+
+
+def test_heatmaps_lie_over_the_image_of_the_set(run, tmp_path):
+    image = np.full((40, 60, 3), 200, np.uint8)
+    Image.fromarray(image).save(tmp_path / "img.png")
+    rng = np.random.default_rng(0)
+    coords = np.array([[4.0, 4.0], [20.0, 12.0], [50.0, 30.0]])
+    extra = {"image": "elsewhere/img.png", "patch_size": 8, "anchor": "center"}
+    elements = rng.integers(0, 255, (3, 1, 8, 8)).astype(np.uint8)
+    store = write_store(
+        tmp_path / "store", [Bag("a/b", elements, coords, label="0", extra=extra), Bag("c", elements, label="1")]
+    )
+    bag = store.open("a/b", 2)
+    geometry = Geometry.of(bag)
+    assert sorted(map(tuple, geometry.corners.tolist())) == [(0.0, 0.0), (16.0, 8.0), (46.0, 26.0)]
+    assert geometry.patch == (8.0, 8.0)
+    task = Trained.load(run).task
+    folder = tmp_path / folder_name("a/b")
+    explain_bag(task, bag, folder, ExplainPlan(images=str(tmp_path), target="0", top=0), [0.5, 0.5])
+    picture = np.asarray(Image.open(folder / "contribution.png").convert("RGB"))
+    assert ((picture == 200).all(-1)).mean() > 0.4  # the image, twice
+    signs = pd.read_parquet(folder / "elements.parquet")["contribution_1"]
+    assert signs.abs().max() > 0
+    nowhere = store.open("c")
+    assert Geometry.of(nowhere) is None
+    explain_bag(task, nowhere, tmp_path / "c", ExplainPlan(geojson=True), [0.5, 0.5])
+    assert {path.name for path in (tmp_path / "c").iterdir()} == {"elements.parquet", "top.csv", "top.parquet", "top.png"}
+
+
+def test_small_parts():
+    assert folder_name("slide-1.2") == "slide-1.2"
+    assert folder_name("a/b") != folder_name("a_b")
+    assert "/" not in folder_name("../x")
+    assert spacing(np.array([[0.0, 5.0], [256.0, 5.0], [1024.0, 261.0]])) == 256
+    assert spacing(np.zeros((1, 2))) == 1
+
+
+def test_parts_of_a_split(run):
+    store = Store(run / "data")
+    assert choose_sets(store) == store.ids
+    assert choose_sets(store, part="val") == store.split().val
+    with pytest.raises(ValueError, match="the nearest it holds is 'val-0000'"):
+        choose_sets(store, sets=["val-0000x"])
