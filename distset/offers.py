@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_elements", "check_offer", "membership"]
+__all__ = ["Offers", "check_elements", "check_offer", "membership"]
+
+
+class Offers(NamedTuple):
+    """Many pairs (V, S*) of one size.
+
+    Attributes:
+        elements: ``(B, N, *element)``.
+        chosen: bool ``(B, N)``, True in S*.
+        mask: bool ``(B, N)``, False at padding; None without.
+        rule: how the rest of each offer came about, for every result made with it.
+    """
+
+    elements: Tensor
+    chosen: Tensor
+    mask: Tensor | None = None
+    rule: str = ""
 
 
 def membership(ids: Sequence[Sequence[int]], size: int) -> Tensor:

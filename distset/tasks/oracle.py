@@ -1,0 +1,234 @@
+"""Learning what to choose: DiffMF, EquiVSet and iDiffMF as one task over pairs (offer V, chosen subset S*).
+
+`OracleTask` puts a utility and a way of solving its mean field together; `diffmf_task`, `equivset_task` and `idiffmf_task`
+are the published choices. An example is an offer, or a batch of offers of one shape (see `examples`), as a `ChunkedSet`;
+offers of several chunks are solved chunk by chunk (`distset.large_offers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from distset.choose import by_size, by_threshold, overlap
+from distset.fixed_point import Implicit, Iteration, OneStep, Stop, Unrolled
+from distset.gains import Drawn, GainsEstimator, Smoothed
+from distset.large_offers import offer_logits, offer_loss, solve_offer
+from distset.mean_field import L2, Constant, Scale, mean_field, oracle_loss
+from distset.offers import Offers, check_offer
+from distset.seeds import generator_for
+from distset.set_functions import Independent, SetFunction, SumUtility, elbo, published_recognition, published_utility
+from distset.sets import ChunkedSet, InMemory
+from distset.train import Example
+
+__all__ = ["OracleModel", "OracleTask", "Solve", "diffmf_task", "equivset_task", "examples", "idiffmf_task"]
+
+
+class Solve(NamedTuple):
+    """How the mean field is found; see `distset.mean_field.mean_field`."""
+
+    gains: GainsEstimator | None = None
+    scale: Scale | None = None
+    grad: Implicit | OneStep | Unrolled | None = None
+    iteration: Iteration | None = None
+    stop: Stop | None = None
+
+
+class OracleModel(nn.Module):
+    """The networks: a utility, and a recognition network where the method has one."""
+
+    def __init__(self, utility: SetFunction, recognition: Independent | None = None) -> None:
+        super().__init__()
+        self.utility, self.recognition = utility, recognition
+
+
+class OracleTask:
+    """Loss, prediction and metrics of an optimal-subset oracle.
+
+    Args:
+        model: a utility, and a recognition network or None.
+        solve: how its mean field is found.
+        negatives: elements beside S* that count in the loss, as a multiple of |S*|, drawn anew each step: 1 in the
+            published code; None for all, the cross-entropy of the paper.
+        samples: subsets in the recognition network's evidence lower bound.
+    """
+
+    def __init__(self, model: OracleModel, solve: Solve, *, negatives: int | None = None, samples: int = 5) -> None:
+        if negatives is not None and negatives < 1:
+            raise ValueError(f"negatives: got {negatives}, wanted at least 1 for each chosen element, or None for all")
+        self.model, self.solve, self.negatives, self.samples = model, solve, negatives, samples
+
+    def loss(self, example: Example, *, seed: int) -> Tensor:
+        """`oracle_loss` of the mean field, plus the negative bound of the recognition network where there is one.
+
+        The bound trains the recognition network alone, and the cross-entropy the utility alone, as published.
+        """
+        if example.set.num_chunks > 1:
+            return self._large_loss(example, seed)
+        elements, mask = self._elements(example.set)
+        chosen = example.target.to(elements.device)
+        check_offer(elements, chosen, mask, element_ndim=getattr(self.model.utility, "element_ndim", 1))
+        loss = oracle_loss(self._logits(elements, mask, seed), chosen, self._counted(chosen, mask, seed))
+        if self.model.recognition is None:
+            return loss
+        return loss - self._bound(elements, mask, seed).mean()
+
+    def predict(self, set: ChunkedSet) -> Tensor:
+        """The logits of psi, ``(*, N)``; padding has -inf. The same offer gives the same ones."""
+        if set.num_chunks > 1:
+            return offer_logits(self._utility(), set, self._field(set, seed=0))
+        elements, mask = self._elements(set)
+        logits = self._logits(elements, mask, seed=0)
+        return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+
+    def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
+        """The cross-entropy of an offer, and Jaccard index, precision, recall and F1 by three rules.
+
+        ``jaccard`` (as published) is that of the top psi at the *known* size of S*; ``predicted_size/*`` takes the
+        expected size, ``threshold/*`` all with psi of at least 0.5.
+        """
+        rows: dict[str, list[Tensor]] = {}
+        for logits, target in zip(outputs, targets):
+            mask = logits > -torch.inf
+            chosen = _membership(target, logits)
+            finite = logits.masked_fill(~mask, -100.0)
+            rules = {
+                "": by_size(finite, chosen.sum(-1), mask),
+                "predicted_size/": by_size(finite, None, mask),
+                "threshold/": by_threshold(finite, mask=mask),
+            }
+            for name, choice in rules.items():
+                for key, values in overlap(choice.chosen, chosen).items():
+                    rows.setdefault(name + key, []).append(values.reshape(-1))
+            many = max(1, chosen[..., 0].numel())
+            rows.setdefault("loss", []).append(oracle_loss(finite, chosen, mask).reshape(1).expand(many))
+        return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
+
+    def _logits(self, elements: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+        start = None
+        if self.model.recognition is not None:
+            with torch.no_grad():
+                start = self.model.recognition(elements).masked(mask).logits
+        gains, scale, grad, iteration, stop = self.solve
+        return mean_field(
+            self.model.utility, elements, gains=gains, scale=scale, grad=grad, iteration=iteration, stop=stop,
+            start=start, mask=mask, generator=generator_for(seed, "draws"),
+        ).value  # fmt: skip
+
+    def _bound(self, elements: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+        assert self.model.recognition is not None
+        guess = self.model.recognition(elements)
+        frozen = _Frozen(self.model.utility)
+        return elbo(frozen, guess, elements, samples=self.samples, generator=generator_for(seed, "bound"), mask=mask)
+
+    def _counted(self, chosen: Tensor, mask: Tensor | None, seed: int) -> Tensor | None:
+        if self.negatives is None:
+            return mask
+        rest = ~chosen if mask is None else ~chosen & mask
+        keys = torch.rand(chosen.shape, generator=generator_for(seed, "negatives")).to(chosen.device)
+        rank = keys.masked_fill(~rest, 2.0).argsort(-1).argsort(-1)
+        return chosen | (rest & (rank < self.negatives * chosen.sum(-1, keepdim=True)))
+
+    def _large_loss(self, example: Example, seed: int) -> Tensor:
+        positions = _membership(example.target, torch.empty(len(example.set))).nonzero().squeeze(-1)
+        return offer_loss(self._utility(), example.set, self._field(example.set, seed), positions)
+
+    def _field(self, offer: ChunkedSet, seed: int) -> Any:
+        gains, scale, grad, iteration, stop = self.solve
+        if not isinstance(gains, Smoothed | None) or not isinstance(scale, Constant | None) or self.model.recognition:
+            raise ValueError(
+                f"set: {offer!r} has several chunks, which are solved with Smoothed() gains, a Constant scale and no "
+                f"recognition network; use those, or hold the offer in one chunk"
+            )
+        temperature = 1.0 if scale is None else 1 / scale.c
+        samples = 5 if gains is None else gains.samples
+        return solve_offer(
+            self._utility(), offer, samples=samples, seed=seed, temperature=temperature, grad=grad, iteration=iteration,
+            stop=stop,
+        )  # fmt: skip
+
+    def _utility(self) -> SumUtility:
+        if not isinstance(self.model.utility, SumUtility):
+            raise ValueError(f"utility: got {type(self.model.utility).__name__}, wanted a SumUtility for offers in chunks")
+        return self.model.utility
+
+    def _elements(self, set: ChunkedSet) -> tuple[Tensor, Tensor | None]:
+        first = next(self.model.parameters())
+        (chunk,) = list(set.map(_whole))
+        chunk = chunk.to(first.device, first.dtype)
+        return chunk.elements, chunk.mask
+
+
+class _Frozen(SetFunction):
+    """A utility whose parameters take no gradient; its inputs do."""
+
+    def __init__(self, utility: SetFunction) -> None:
+        super().__init__()
+        self._parts = (utility, {name: p.detach() for name, p in utility.named_parameters()})  # a tuple: no submodule
+
+    def forward(self, elements: Tensor, subsets: Tensor, mask: Tensor | None = None) -> Tensor:
+        return functional_call(*self._parts, (elements, subsets, mask))
+
+
+def diffmf_task(dim: int, *, nonlinear: bool = False, context: bool = False, steps: int = 1, samples: int = 5) -> OracleTask:
+    """DiffMF as published: K unrolled steps from 0.5 over hard draws, |S*| negatives."""
+    utility = published_utility(dim, nonlinear=nonlinear, context=context)
+    solve = Solve(gains=Drawn(samples, derivative=None), grad=Unrolled(steps))
+    return OracleTask(OracleModel(utility), solve, negatives=1)
+
+
+def equivset_task(
+    dim: int, *, rank: int = 0, nonlinear: bool = False, context: bool = False, steps: int = 1, samples: int = 5
+) -> OracleTask:
+    """EquiVSet_ind, or with a ``rank`` EquiVSet_copula, as published: DiffMF from a recognition network's guess."""
+    utility = published_utility(dim, nonlinear=nonlinear, context=context)
+    solve = Solve(gains=Drawn(samples, derivative=None), grad=Unrolled(steps))
+    return OracleTask(OracleModel(utility, published_recognition(dim, rank=rank)), solve, negatives=1, samples=samples)
+
+
+def idiffmf_task(
+    dim: int,
+    *,
+    scale: Scale | None = None,
+    nonlinear: bool = False,
+    context: bool = False,
+    gains: GainsEstimator | None = None,
+    iteration: Iteration | None = None,
+    stop: Stop | None = None,
+) -> OracleTask:
+    """iDiffMF: the fixed point with its implicit gradient; ``scale`` is `L2()` (default), `Nuclear()` or `Constant(c)`."""
+    solve = Solve(gains or Smoothed(5), L2() if scale is None else scale, Implicit(), iteration, stop)
+    return OracleTask(OracleModel(published_utility(dim, nonlinear=nonlinear, context=context)), solve, negatives=1)
+
+
+def examples(offers: Offers, group: int = 16) -> list[Example]:
+    """Offers as training examples, ``group`` of one shape in each: a step over a few groups is one over many offers.
+
+    Within an epoch the groups are shuffled, not the offers among them.
+    """
+    if group < 1:
+        raise ValueError(f"group: got {group}, wanted at least 1 offer an example")
+    found = []
+    for start in range(0, len(offers.chosen), group):
+        part = slice(start, start + group)
+        mask = None if offers.mask is None else offers.mask[part]
+        elements = offers.elements[part]
+        set = InMemory(elements, mask=mask, element_ndim=elements.dim() - 2, name=f"offers-{start}")
+        found.append(Example(set, offers.chosen[part]))
+    return found
+
+
+def _whole(chunk: Any) -> Any:
+    return chunk
+
+
+def _membership(target: Any, like: Tensor) -> Tensor:
+    """Targets may be bool ``(*, N)`` or int64 positions."""
+    target = torch.as_tensor(target).to(like.device)
+    if target.dtype == torch.bool:
+        return target
+    return torch.zeros(like.shape, dtype=torch.bool, device=like.device).index_fill(-1, target, True)

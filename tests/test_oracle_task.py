@@ -1,0 +1,102 @@
+"""The oracle as a task: every method trains, what is frozen stays frozen, offers in chunks train too."""
+
+import pytest
+import torch
+
+from distset import InMemory
+from distset.data.synthetic_offers import gaussian_offers
+from distset.fixed_point import Implicit, Stop
+from distset.gains import Smoothed
+from distset.mean_field import Constant, Nuclear, oracle_loss
+from distset.offers import Offers
+from distset.optim import Optimisation
+from distset.set_functions import UserUtility, published_utility
+from distset.tasks.oracle import OracleModel, OracleTask, Solve, diffmf_task, equivset_task, examples, idiffmf_task
+from distset.train import Example, Plan, fit, predict_all
+
+METHODS = {
+    "DiffMF": lambda: diffmf_task(2, steps=2),
+    "EquiVSet_ind": lambda: equivset_task(2),
+    "EquiVSet_copula": lambda: equivset_task(2, rank=2),
+    "iDiffMF_2": lambda: idiffmf_task(2),
+    "iDiffMF_*": lambda: idiffmf_task(2, scale=Nuclear(), context=True),
+    "iDiffMF_c": lambda: idiffmf_task(2, scale=Constant(0.1), nonlinear=True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_published_method_trains_and_measures(method):
+    torch.manual_seed(0)
+    task = METHODS[method]()
+    train = examples(gaussian_offers(16, size=20, chosen=3), group=4)
+    plan = Plan(epochs=2, batch=2, monitor="jaccard")
+    fitted = fit(task, train, train[:1], plan=plan, optimisation=Optimisation(lr=1e-3, schedule="constant"))
+    last = fitted.history[-1]
+    for key in ("jaccard", "predicted_size/jaccard", "threshold/f1", "precision", "recall", "loss"):
+        assert 0 <= last[f"val/{key}"] < 1000
+    parameters = [p for name, p in task.model.named_parameters() if not name.endswith("head.4.bias")]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)  # a constant of F has no gradient
+
+
+def test_the_bound_trains_the_guess_alone_and_the_loss_the_utility_alone():
+    torch.manual_seed(0)
+    task = equivset_task(2)
+    (example,) = examples(gaussian_offers(4, size=12, chosen=2))
+    elements = example.set.elements
+    bound = task._bound(elements, None, 0).sum()
+    grads = torch.autograd.grad(bound, list(task.model.utility.parameters()), allow_unused=True, retain_graph=True)
+    assert all(g is None for g in grads)
+    assert all(g is not None for g in torch.autograd.grad(bound, list(task.model.recognition.parameters())))
+    loss = oracle_loss(task._logits(elements, None, 0), example.target)
+    assert all(g is None for g in torch.autograd.grad(loss, list(task.model.recognition.parameters()), allow_unused=True))
+
+
+def test_predictions_repeat_and_padding_is_never_predicted():
+    offers = gaussian_offers(6, size=9, chosen=2)
+    mask = torch.arange(9) < torch.tensor([9, 8, 7, 6, 5, 9]).unsqueeze(-1)
+    offers = Offers(offers.elements, (torch.arange(9) < 2).expand(6, 9), mask)
+    task = diffmf_task(2)
+    outputs, targets = predict_all(task, examples(offers, group=3))
+    again, _ = predict_all(task, examples(offers, group=3))
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again))
+    assert (torch.cat(outputs)[~mask] == -torch.inf).all()
+    assert 0 <= task.metrics(outputs, targets)["jaccard"] <= 1
+
+
+def test_an_offer_in_chunks_trains_like_one_in_memory():
+    """The same loss up to the draws, which follow the chunks: compared in the limit of many draws."""
+    torch.manual_seed(0)
+    solve = Solve(Smoothed(3000), Constant(0.2), Implicit(), None, Stop(200, 1e-6, 1e-6))
+    task = OracleTask(OracleModel(published_utility(2, width=4, hidden=4)), solve)
+    x, chosen = torch.randn(24, 2), torch.arange(24) < 5
+    losses = [task.loss(Example(InMemory(x, chunk_size=c), chosen), seed=0) for c in (None, 7)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.01, atol=0)
+    losses[1].backward()
+    assert task.predict(InMemory(x, chunk_size=7)).shape == (24,)
+    positions = task.loss(Example(InMemory(x, chunk_size=7), torch.arange(5)), seed=0)
+    torch.testing.assert_close(positions, losses[1])
+
+
+def test_negatives_beside_the_chosen_count_as_often_as_asked():
+    task = diffmf_task(2)
+    chosen = torch.arange(30).expand(4, 30) < 7
+    counted = task._counted(chosen, None, seed=1)
+    assert (counted.sum(-1) == 14).all()
+    assert counted[chosen].all()
+    assert not torch.equal(counted, task._counted(chosen, None, seed=2))
+    mask = (torch.arange(30) < 10).expand(4, 30)
+    assert (task._counted(chosen, mask, seed=1).sum(-1) == 10).all()
+
+
+def test_what_cannot_be_is_said():
+    offer = Example(InMemory(torch.randn(9, 2), chunk_size=4), torch.arange(3))
+    with pytest.raises(ValueError, match=r"set: .* has several chunks, which are solved with Smoothed"):
+        diffmf_task(2).loss(offer, seed=0)
+    with pytest.raises(ValueError, match="utility: got UserUtility, wanted a SumUtility for offers in chunks"):
+        OracleTask(OracleModel(UserUtility(lambda x, s: s.sum(-1))), Solve()).loss(offer, seed=0)
+    with pytest.raises(ValueError, match="chosen: set 0 has chosen nothing"):
+        diffmf_task(2).loss(Example(InMemory(torch.randn(2, 9, 2)), torch.zeros(2, 9, dtype=torch.bool)), seed=0)
+    with pytest.raises(ValueError, match="negatives: got 0"):
+        OracleTask(OracleModel(published_utility(2)), Solve(), negatives=0)
+    with pytest.raises(ValueError, match="group: got 0"):
+        examples(gaussian_offers(2), 0)
