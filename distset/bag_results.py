@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ __all__ = ["describe", "summarise", "write_results"]
 SCORES = ("auroc", "balanced_accuracy", "f1", "accuracy")
 
 
-def write_results(folder: Path, outcome: Outcome, store: Store, split: Split) -> None:
+def write_results(folder: Path, outcome: Outcome, store: Store, split: Split, *, plots: bool = True) -> None:
     """Predictions, plots and, as the last thing, ``metrics.json``: where that is, a run is finished.
 
     The threshold of two classes is chosen on the validation sets; without any it is 1/2.
@@ -54,15 +54,12 @@ def write_results(folder: Path, outcome: Outcome, store: Store, split: Split) ->
     ]
     if tables:
         write_table(pd.concat(tables), folder / "predictions")
-    plots = folder / "plots"
-    plot_curves(outcome.history, plots / "loss.png", metrics=["loss"])
-    if split.val:
-        plot_curves(outcome.history, plots / "metrics.png", metrics=SCORES)
-    if split.test:
-        y, called = labels["test"], predicted_classes(p["test"], threshold)
-        plot_confusion(y, called, store.classes, plots / "confusion.png")
-        if len(set(y.tolist())) > 1:
-            plot_roc(y, p["test"], store.classes, plots / "roc.png", threshold=threshold, cases=cases["test"])
+    if plots:
+        plot_curves(outcome.history, folder / "plots" / "loss.png", metrics=["loss"])
+        if split.val:
+            plot_curves(outcome.history, folder / "plots" / "metrics.png", metrics=SCORES)
+        if split.test:
+            _plot_test(folder / "plots", labels["test"], p["test"], store.classes, threshold, cases["test"])
     figures = {
         "steps": outcome.step,
         "best_step": outcome.best_step,
@@ -72,6 +69,14 @@ def write_results(folder: Path, outcome: Outcome, store: Store, split: Split) ->
     }
     scores = {part: bag_scores(labels[part], p[part], threshold=threshold, cases=cases[part]) for part in parts}
     write_json(folder / "metrics.json", {**figures, **scores})
+
+
+def _plot_test(
+    folder: Path, y: np.ndarray, p: np.ndarray, classes: Sequence[str], threshold: float | None, cases: Sequence[str]
+) -> None:
+    plot_confusion(y, predicted_classes(p, threshold), classes, folder / "confusion.png")
+    if len(set(y.tolist())) > 1:
+        plot_roc(y, p, classes, folder / "roc.png", threshold=threshold, cases=cases)
 
 
 def describe(metrics: Mapping[str, Any]) -> str:

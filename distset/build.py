@@ -61,8 +61,10 @@ def locate(path: str, name: str = "config") -> Any:
                 found = getattr(found, part)
             return found
         except ModuleNotFoundError as error:
-            if error.name is None or not (module + ".").startswith(error.name + "."):
-                raise ValueError(f"{name}._target_: {path} needs the package {error.name!r}; install it") from error
+            if "." not in module or error.name is None or not (module + ".").startswith(error.name + "."):
+                raise ValueError(
+                    f"{name}._target_: there is no package {error.name!r}, which {path} needs; install it, or check the name"
+                ) from error
         except AttributeError:
             break
         module, _, last = module.rpartition(".")

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import conf
 from distset.build import build
-from distset.data import StoreWriter
+from distset.data import ingest
 
 __all__ = ["check_overrides", "ensure_store", "job"]
 
@@ -35,7 +35,7 @@ def job(name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], 
 
     def decorate(main: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         def with_plain_dicts(config: DictConfig) -> None:
-            _or_exit(lambda: main(OmegaConf.to_container(config, resolve=True)))  # type: ignore[arg-type]
+            _or_exit(lambda: main(OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))  # type: ignore[arg-type]
 
         def run() -> None:
             _or_exit(lambda: check_overrides(name, [arg for arg in sys.argv[1:] if not arg.startswith("-")]))
@@ -47,16 +47,9 @@ def job(name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], 
 
 
 def ensure_store(data: Mapping[str, Any]) -> None:
-    """Write the source ``data.make`` to ``data.path`` where no finished store is yet."""
-    path = Path(data["path"])
-    if data["make"] is None or (path / "store.json").exists():
-        return
-    source = build(data["make"], "data.make")
-    print(f"writing {len(source.ids)} sets to {path}")
-    with StoreWriter(path, source=data["make"]) as writer:
-        for set_id in source.ids[len(writer.done) :]:
-            writer.add(source.read(set_id))
-        writer.finish(splits=source.splits)
+    """Where ``data.make`` names a source, store its sets at ``data.path``; a finished store is left as it is."""
+    if data["make"] is not None:
+        ingest(build(data["make"], "data.make"), data["path"], told=data["make"])
 
 
 def check_overrides(name: str, overrides: list[str]) -> None:

@@ -49,7 +49,7 @@ def train(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         with RunLog(run.path, bar=config["run"]["bar"]) as watch:
             log.info("training on %s: %s", store, ", ".join(f"{len(ids)} {part}" for part, ids in split._asdict().items()))
             outcome = on_cluster(config, run, watch)
-        write_results(run.path, outcome, store, split)
+        write_results(run.path, outcome, store, split, plots=config["run"]["plots"])
     metrics = run.metrics
     assert metrics is not None, "write_results ends with metrics.json"
     print(f"{describe(metrics)}\neverything is in {run.path} (see README.md there)")
