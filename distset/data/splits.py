@@ -17,7 +17,7 @@ import numpy as np
 from distset.data.files import write_atomically
 from distset.seeds import seed_for
 
-__all__ = ["Split", "SplitPlan", "check_split", "load_splits", "make_splits", "save_splits"]
+__all__ = ["Split", "SplitPlan", "check_split", "hold_out", "load_splits", "make_splits", "save_splits"]
 
 PARTS = ("train", "val", "test")
 
@@ -79,19 +79,28 @@ def make_splits(
     if folds < 1 or not 0 < val < 1 or (folds == 1 and not 0 < test < 1):
         raise ValueError(f"folds, val, test: got {folds}, {val}, {test}, wanted at least 1 fold and shares between 0 and 1")
     cases = {set_id: set_id for set_id in labels} if cases is None else cases
-    _check_enough(labels, cases, folds)
-    shares = [1.0 / folds] * folds if folds > 1 else [1.0 - test, test]
-    dealt = _deal(labels, cases, shares, seed_for(seed, "test"))
+    # What is not in a fold's test must hold two cases of a class: one to train on, one to choose on.
+    shares, least = ([1.0 - test, test], [2, 1]) if folds == 1 else ([1.0 / folds] * folds, [2 if folds == 2 else 1] * folds)
+    _check_enough(labels, cases, sum(least))
+    dealt = _deal(labels, cases, shares, least, seed_for(seed, "test"))
     tests = dealt if folds > 1 else dealt[1:]
     splits = []
     for fold, tested in enumerate(tests):
         held = set(tested)
         rest = {set_id: label for set_id, label in labels.items() if set_id not in held}
-        train, chosen = _deal(rest, cases, [1.0 - val, val], seed_for(seed, "val", fold))
+        train, chosen = hold_out(rest, cases, share=val, seed=seed_for(seed, "val", fold))
         splits.append(Split(train, chosen, tested))
     for split in splits:
         check_split(split, cases)
     return splits
+
+
+def hold_out(
+    labels: Mapping[str, str | None], cases: Mapping[str, str] | None = None, *, share: float, seed: int
+) -> tuple[list[str], list[str]]:
+    """Deal sets to two parts as `make_splits` does: the rest, and a ``share`` held out."""
+    rest, held = _deal(labels, cases or {set_id: set_id for set_id in labels}, [1.0 - share, share], [1, 1], seed)
+    return rest, held
 
 
 def check_split(split: Split, cases: Mapping[str, str], where: str = "split") -> None:
@@ -149,28 +158,39 @@ def load_splits(path: Path) -> list[Split]:
     return [Split(**folds[number]) for number in sorted(folds)]
 
 
-def _deal(labels: Mapping[str, str | None], cases: Mapping[str, str], shares: Sequence[float], seed: int) -> list[list[str]]:
-    """Deal whole cases to parts of the given shares, each class in proportion; ids keep their order within a part."""
-    members: dict[str, list[str]] = defaultdict(list)
-    for set_id in labels:
-        members[cases[set_id]].append(set_id)
+def _deal(
+    labels: Mapping[str, str | None], cases: Mapping[str, str], shares: Sequence[float], least: Sequence[int], seed: int
+) -> list[list[str]]:
+    """Deal whole cases to parts of the given shares, each class in proportion, to each part at least so many of its cases;
+    ids keep their order within a part."""
+    part_of: dict[str, int] = {}
+    members = _members(labels, cases)
     strata: dict[str, list[str]] = defaultdict(list)
     for case, ids in members.items():
         strata[_label_of(ids, labels)].append(case)
     generator = np.random.default_rng(seed)
-    part_of: dict[str, int] = {}
     for label in sorted(strata):
         shuffled = [strata[label][i] for i in generator.permutation(len(strata[label]))]
-        total = sum(len(members[case]) for case in shuffled)
-        wanted = np.maximum(np.array(shares) * total, 1.0)  # a small share of a rare class still gets one
-        for case in sorted(shuffled, key=lambda case: -len(members[case])):
-            part = int(wanted.argmax())
+        wanted = np.array(shares) * sum(len(members[case]) for case in shuffled)
+        lacking = np.array(least)
+        for left, case in zip(range(len(shuffled), 0, -1), sorted(shuffled, key=lambda case: -len(members[case]))):
+            must = lacking > 0
+            part = int(np.where(must, wanted, -np.inf).argmax() if left <= lacking[must].sum() else wanted.argmax())
             wanted[part] -= len(members[case])
+            lacking[part] -= 1
             part_of[case] = part
     parts: list[list[str]] = [[] for _ in shares]
     for set_id in labels:
         parts[part_of[cases[set_id]]].append(set_id)
     return parts
+
+
+def _members(labels: Mapping[str, str | None], cases: Mapping[str, str]) -> dict[str, list[str]]:
+    """The sets of each case."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for set_id in labels:
+        members[cases[set_id]].append(set_id)
+    return members
 
 
 def _label_of(ids: Sequence[str], labels: Mapping[str, str | None]) -> str:
@@ -179,13 +199,9 @@ def _label_of(ids: Sequence[str], labels: Mapping[str, str | None]) -> str:
     return min(counts, key=lambda label: (-counts[label], label))
 
 
-def _check_enough(labels: Mapping[str, str | None], cases: Mapping[str, str], folds: int) -> None:
+def _check_enough(labels: Mapping[str, str | None], cases: Mapping[str, str], wanted: int) -> None:
     """Train, val and test each need a case of every class."""
-    members: dict[str, list[str]] = defaultdict(list)
-    for set_id in labels:
-        members[cases[set_id]].append(set_id)
-    counts = Counter(_label_of(ids, labels) for ids in members.values())
-    wanted = max(folds, 3)
+    counts = Counter(_label_of(ids, labels) for ids in _members(labels, cases).values())
     if few := {label: n for label, n in counts.items() if n < wanted}:
         raise ValueError(
             f"labels: got too few cases of some classes ({few}), wanted at least {wanted} of each to split them"

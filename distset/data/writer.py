@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +127,9 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         """Without `finish`, the shard being written is dropped; whole shards are kept for the next start."""
-        if self._sink is not None:
+        if self._file is not None and self._sink is not None:
+            with suppress(OSError, pa.ArrowException):  # a full disk said so already
+                self._file.close()
             self._sink.close()
             self._draft.unlink(missing_ok=True)
         self._held.close()
