@@ -1,0 +1,273 @@
+r"""The other gradients through a k-subset: relaxations, perturbations and straight-through estimators.
+
+All of them need a differentiable f, and all are biased; what each gives up is said by its attributes.
+
+References:
+    Xie, Ermon 2019, "Reparameterizable Subset Sampling via Continuous Relaxations", https://arxiv.org/abs/1901.10517.
+    Niepert, Minervini, Franceschi 2021, "Implicit MLE", https://arxiv.org/abs/2106.01798.
+    Minervini, Franceschi, Niepert 2023, "Adaptive Perturbation-Based Gradient Estimation", https://arxiv.org/abs/2209.04862.
+    Ahmed, Zeng, Niepert, Van den Broeck 2023, "SIMPLE: A Gradient Estimator for k-Subset Sampling",
+    https://arxiv.org/abs/2210.01941.
+    Pervez, Lippe, Gavves 2023, "Scalable Subset Sampling with Neural Conditional Poisson Networks", ICLR.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distset.expect.verb import Estimator, Function
+from distset.noise import Noise, SumOfGamma
+from distset.subsets import KSubset, relaxed_top_k
+from distset.subsets.gumbel import perturbed, top_k
+from distset.subsets.quadrature import LogitRange, solve_tilt, tilted_moments
+
+__all__ = ["IMLE", "NCPSS", "AdaptiveTarget", "FixedTarget", "GumbelSoftmax", "Simple", "StraightThrough"]
+
+
+class GumbelSoftmax(Estimator):
+    """Relaxed subset sampling: f is called at relaxed Gumbel top-k samples (GS), or at hard ones with their slope (STGS).
+
+    Args:
+        tau: temperature of the relaxation.
+        hard: f sees zeros and ones, the gradient is that of the relaxed sample.
+
+    Raises:
+        ValueError: for a temperature that is not positive; at use, for a k that differs between rows.
+    """
+
+    exact_samples, unbiased, needs_differentiable_f = False, False, True
+
+    def __init__(self, tau: float = 0.5, *, hard: bool = False) -> None:
+        self.tau, self.hard = _positive("tau", tau), hard
+
+    def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
+        k = _one_k(subset)
+        keys = perturbed(_logits(subset), (num_samples,), _generator(subset, seed))
+        z = relaxed_top_k(keys, k, self.tau)
+        if self.hard:
+            z = top_k(keys.detach(), k) + (z - z.detach())
+        return f.differentiable(z).mean(0)
+
+    def __repr__(self) -> str:
+        return f"GumbelSoftmax(tau={self.tau}, hard={self.hard})"
+
+
+class Simple(Estimator):
+    """SIMPLE: exact samples, and the gradient of f pulled back through the exact inclusion probabilities.
+
+    Unbiased where f is affine.
+    """
+
+    exact_samples, unbiased, needs_differentiable_f = True, False, True
+
+    def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
+        pi = subset.inclusion_probabilities()
+        z = subset.sample((num_samples,), seed=seed) + (pi - pi.detach())
+        return f.differentiable(z).mean(0)
+
+    def __repr__(self) -> str:
+        return "Simple()"
+
+
+class StraightThrough(Estimator):
+    """Exact samples, and the gradient of f taken for that of the logits, as if ``dz / dlogits`` were the identity."""
+
+    exact_samples, unbiased, needs_differentiable_f = True, False, True
+
+    def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
+        z = _Through.apply(subset.sample((num_samples,), seed=seed), subset.logits)
+        return f.differentiable(z).mean(0)
+
+    def __repr__(self) -> str:
+        return "StraightThrough()"
+
+
+class NCPSS(Estimator):
+    """Neural conditional Poisson subset sampling: independent elements whose probabilities add up to k.
+
+    f sees subsets of *about* k elements (binary concrete samples made hard, with the gradient of the relaxed ones); the tilt
+    that makes the probabilities add up is differentiated.
+
+    Args:
+        tau: temperature of the binary concrete relaxation.
+
+    Raises:
+        ValueError: for a temperature that is not positive; at use, for infinite logits, or k of 0 or n.
+    """
+
+    exact_samples, unbiased, needs_differentiable_f = False, False, True
+
+    def __init__(self, tau: float = 0.5) -> None:
+        self.tau = _positive("tau", tau)
+
+    def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
+        logits = _logits(subset)
+        if not bool(logits.isfinite().all()) or bool(((subset.k == 0) | (subset.k == subset.n)).any()):
+            raise ValueError("subset: NCPSS needs finite logits and 0 < k < n; use ScoreFunction()")
+        a = logits + calibrating_tilt(logits, subset.k).unsqueeze(-1)
+        u = torch.rand(num_samples, *logits.shape, generator=_generator(subset, seed), device=a.device, dtype=a.dtype)
+        relaxed = torch.sigmoid((a + torch.logit(u, eps=1e-7)) / self.tau)
+        z = (relaxed > 0.5).to(a.dtype).detach() + (relaxed - relaxed.detach())
+        return f.differentiable(z).mean(0)
+
+    def __repr__(self) -> str:
+        return f"NCPSS(tau={self.tau})"
+
+
+class FixedTarget:
+    """The target logits ``theta - strength * slope``.
+
+    Raises:
+        ValueError: for a strength that is not positive.
+    """
+
+    def __init__(self, strength: float = 10.0) -> None:
+        self._strength = _positive("strength", strength)
+
+    def strength(self, logits: Tensor, slope: Tensor) -> Tensor:
+        """Of the push along ``slope (S, *, n)``."""
+        return torch.as_tensor(self._strength, dtype=slope.dtype, device=slope.device)
+
+    def observe(self, gradient: Tensor) -> None:
+        """Nothing is learned from the gradients ``(S, *, n)``."""
+
+    def __repr__(self) -> str:
+        return f"FixedTarget({self._strength})"
+
+
+class AdaptiveTarget:
+    """The strength grows until a sample's gradient has ``wanted`` non-zero entries on average [Minervini et al. 2023].
+
+    It is relative: ``beta |theta| / |slope|``, so that it does not depend on the scale of f.
+
+    Args:
+        wanted: non-zero entries a sample.
+        step: by which beta goes up or down.
+        momentum: of the running mean of non-zero entries.
+
+    Raises:
+        ValueError: for values that are not positive, a momentum outside of [0, 1).
+    """
+
+    def __init__(self, wanted: float = 1.0, *, step: float = 1e-3, momentum: float = 0.9) -> None:
+        self.wanted, self.step = _positive("wanted", wanted), _positive("step", step)
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum: got {momentum}, wanted a number in [0, 1)")
+        self.momentum, self.beta, self.found = momentum, 0.0, 1.0
+
+    def strength(self, logits: Tensor, slope: Tensor) -> Tensor:
+        return self.beta * logits.norm() / slope.norm().clamp_min(torch.finfo(slope.dtype).tiny)
+
+    def observe(self, gradient: Tensor) -> None:
+        found = float((gradient != 0).sum(-1).float().mean())
+        self.found = self.momentum * self.found + (1 - self.momentum) * found
+        self.beta = max(0.0, self.beta + (self.step if self.found < self.wanted else -self.step))
+
+    def __repr__(self) -> str:
+        return f"AdaptiveTarget(wanted={self.wanted})"
+
+
+class IMLE(Estimator):
+    r"""Implicit maximum likelihood: the difference between perturb-and-MAP samples of the logits and of target logits.
+
+    .. math:: \hat g = \frac1S \sum_s \frac{z(\theta + \epsilon_s) - z(\theta - \lambda g_s + \epsilon_s)}{\lambda}, \quad
+              g_s = \partial f / \partial z_s
+
+    Args:
+        target: `FixedTarget(strength)` (default) or `AdaptiveTarget()`.
+        noise: `SumOfGamma(k)` unless given, as published.
+
+    Raises:
+        ValueError: at use, for a k that differs between rows.
+    """
+
+    exact_samples, unbiased, needs_differentiable_f = False, False, True
+
+    def __init__(self, target: FixedTarget | AdaptiveTarget | None = None, *, noise: Noise | None = None) -> None:
+        self.target = FixedTarget() if target is None else target
+        self.noise = noise
+
+    def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
+        logits, k = _logits(subset), _one_k(subset)
+        noise = SumOfGamma(max(k, 1)) if self.noise is None else self.noise
+        shape = (num_samples, *logits.shape)
+        drawn = noise.sample(shape, _generator(subset, seed), logits.dtype, logits.device)
+        return f.differentiable(_ToTarget.apply(logits, drawn, k, self.target)).mean(0)
+
+    def __repr__(self) -> str:
+        return f"IMLE({self.target!r})"
+
+
+class _ToTarget(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, noise: Tensor, k: int, target: FixedTarget | AdaptiveTarget) -> Tensor:
+        keys = logits + noise
+        z = top_k(keys, k)
+        ctx.save_for_backward(keys, logits, z)
+        ctx.k, ctx.target = k, target
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        keys, logits, z = ctx.saved_tensors
+        slope = grad * len(grad)  # of each sample's f: the mean over samples divided it
+        strength = ctx.target.strength(logits, slope)
+        difference = z - top_k(keys - strength * slope, ctx.k)
+        ctx.target.observe(difference)
+        tiny = torch.finfo(slope.dtype).tiny
+        return difference.mean(0) / strength.clamp_min(tiny) * (strength > 0), None, None, None
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, logits: Tensor) -> Tensor:
+        ctx.like = logits.shape, logits.dtype
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        shape, dtype = ctx.like
+        return None, grad.sum(0).sum_to_size(shape).to(dtype)
+
+
+def calibrating_tilt(logits: Tensor, k: Tensor) -> Tensor:
+    r"""The tilt ``(*)`` at which :math:`\sum_i \sigma(\theta_i + \lambda) = k`, differentiable (implicitly).
+
+    One Newton step from the solution both polishes it and carries the derivative
+    :math:`d\lambda = -\sum_i p_i q_i\, d\theta_i / \sum_i p_i q_i`.
+    """
+    rows = logits.reshape(-1, logits.shape[-1]).double()
+    with torch.no_grad():
+        wanted = k.expand(logits.shape[:-1]).reshape(-1).double()
+        tilt, _, variance = solve_tilt(LogitRange.of(rows), wanted, lambda t: tilted_moments(rows, t))
+    error = torch.sigmoid(rows + tilt.unsqueeze(-1)).sum(-1) - wanted
+    return (tilt - error / variance).reshape(logits.shape[:-1]).to(logits.dtype)
+
+
+def _logits(subset: KSubset) -> Tensor:
+    """In the subset's batch shape and the precision of its results."""
+    return subset.logits.to(subset.mode.dtype).expand(*subset.batch_shape, subset.n)
+
+
+def _one_k(subset: KSubset) -> int:
+    ks = subset.k.unique()
+    if len(ks) > 1:
+        raise ValueError(
+            f"k: differs between rows ({ks.tolist()[:5]}), wanted one k; this estimator takes the top k of noise"
+        )
+    return int(ks)
+
+
+def _generator(subset: KSubset, seed: int | None) -> torch.Generator | None:
+    if seed is None:
+        return None
+    return torch.Generator(subset.logits.device).manual_seed(seed % 2**63)
+
+
+def _positive(name: str, value: float) -> float:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: got {value}, wanted a positive finite number")
+    return float(value)

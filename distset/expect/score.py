@@ -1,0 +1,79 @@
+r"""`ScoreFunction`: unbiased gradients from exact samples, needing nothing from f.
+
+References:
+    Wijk, Vinuesa, Azizpour 2025, "SFESS: Score Function Estimators for k-Subset Sampling", ICLR, section 3,
+    https://openreview.net/forum?id=q87GUkdQBm.
+    Kool, van Hoof, Welling 2019, "Buy 4 REINFORCE samples, get a baseline for free!" (leave-one-out).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distset.expect.baselines import Baseline, Ridge, Samples
+from distset.expect.verb import Estimator, Function, attach_gradient, check_samples
+from distset.subsets import KSubset
+
+__all__ = ["ScoreFunction", "score_gradient"]
+
+
+class ScoreFunction(Estimator):
+    r"""The score-function gradient :math:`E[(f(z) - h(z)) (z - \pi)] + \mathrm{Cov}(z)\, b`, with a control variate h.
+
+    Args:
+        baseline: `Ridge()` (default), `LeaveOneOut()`, `NoBaseline()`, `Past(n)`; `Tangent()` where f is differentiable.
+    """
+
+    exact_samples, unbiased = True, True
+
+    def __init__(self, baseline: Baseline | None = None) -> None:
+        self.baseline = Ridge() if baseline is None else baseline
+
+    @property
+    def needs_differentiable_f(self) -> bool:  # type: ignore[override]
+        return self.baseline.needs_differentiable_f
+
+    def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
+        why = f"{self.baseline!r} is made from the other samples of the same step; with one there is none (use NoBaseline())"
+        check_samples(num_samples, self.baseline.least, why)
+        z = subset.sample((num_samples,), seed=seed)
+        if not (torch.is_grad_enabled() and subset.logits.requires_grad):
+            return f(z).mean(0)
+        if self.needs_differentiable_f:
+            z.requires_grad_()
+            values = f.differentiable(z)
+            (slopes,) = torch.autograd.grad(values.sum(), z, retain_graph=True)
+        else:
+            values, slopes = f(z), None
+        gradient = score_gradient(values, z, subset, self.baseline, slopes)
+        return attach_gradient(values.mean(0), subset.logits, gradient)
+
+    def __repr__(self) -> str:
+        return f"ScoreFunction({self.baseline!r})"
+
+
+@torch.no_grad()
+def score_gradient(values: Tensor, z: Tensor, subset: KSubset, baseline: Baseline, slopes: Tensor | None = None) -> Tensor:
+    """The gradient of ``E f`` in the logits, ``(*, n)``, from ``values (S, *)`` at ``z (S, *, n)``, float64."""
+    count, n = len(z), z.shape[-1]
+    z = z.detach().double()
+    # A leave-one-out gradient is a covariance: any centre will do, and the mean of the samples keeps it small.
+    centre = subset.inclusion_probabilities().double() if baseline.needs_inclusion else z.mean(0)
+    x = (z - centre).reshape(count, -1, n)
+    f = values.detach().double().reshape(count, -1)
+    samples = Samples(f, x, None if slopes is None else slopes.detach().double().reshape(x.shape))
+    surrogate = baseline.fit(samples)
+    residual = f - surrogate.intercept
+    gradient = torch.zeros_like(x[0])
+    if surrogate.slope is not None:
+        assert surrogate.fold is not None, "slopes come with folds"
+        share = torch.bincount(surrogate.fold, minlength=len(surrogate.slope)).to(x) / count
+        mean_slope = (share.view(-1, 1, 1) * surrogate.slope).sum(0)
+        gradient = subset.covariance_product(mean_slope.view(*subset.batch_shape, n)).double().reshape(gradient.shape)
+        for number, slope in enumerate(surrogate.slope):
+            here = surrogate.fold == number
+            residual[here] -= torch.linalg.vecdot(x[here], slope)
+    gradient = gradient + torch.einsum("sb,sbn->bn", residual, x) / count
+    baseline.update(samples)
+    return gradient.reshape(*subset.batch_shape, n)

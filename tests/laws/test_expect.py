@@ -1,0 +1,329 @@
+"""Every gradient through a k-subset against its law: unbiased ones by enumerating all tuples of samples."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from distset.expect import (
+    IMLE,
+    NCPSS,
+    AdaptiveTarget,
+    Estimator,
+    FixedTarget,
+    GumbelSoftmax,
+    LeaveOneOut,
+    NoBaseline,
+    Past,
+    Ridge,
+    ScoreFunction,
+    Simple,
+    StraightThrough,
+    Tangent,
+    describe,
+    expect,
+)
+from distset.expect.baselines import Baseline
+from distset.expect.rivals import calibrating_tilt
+from distset.expect.score import score_gradient
+from distset.metrics import estimator_error
+from distset.noise import Gumbel
+from distset.subsets import KSubset, relaxed_top_k
+from distset.subsets.gumbel import top_k
+
+N, K = 4, 2
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def subsets(n: int, k: int) -> Tensor:
+    rows = [[float(i in chosen) for i in range(n)] for chosen in itertools.combinations(range(n), k)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def quadratic(z: Tensor) -> Tensor:
+    n = z.shape[-1]
+    return ((z @ randn(n, n, seed=5).to(z)) * z).sum(-1)
+
+
+def true_gradient(logits: Tensor, k: int, f=quadratic) -> Tensor:
+    leaf = logits.clone().requires_grad_()
+    z = subsets(logits.shape[-1], k)
+    mean = ((z @ leaf).softmax(0) * f(z)).sum()
+    return torch.autograd.grad(mean, leaf)[0]
+
+
+def stale_past() -> Past:
+    past = Past(N, rate=0.5, folds=3)
+    past.slope += randn(N, seed=9)
+    return past
+
+
+BASELINES = [NoBaseline, LeaveOneOut, Ridge, lambda: Ridge(folds=2), lambda: Tangent(folds=4), stale_past]
+
+
+@pytest.mark.parametrize("make", BASELINES)
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 4, 6])
+def test_score_functions_are_unbiased_by_enumeration(make, num_samples: int) -> None:
+    """All tuples of samples, each weighed by its probability: the mean is the gradient to rounding."""
+    baseline: Baseline = make()
+    if num_samples < baseline.least:
+        pytest.skip("needs other samples")
+    logits = randn(N)
+    z = subsets(N, K)
+    p = (z @ logits).softmax(0)
+    tuples = torch.tensor(list(itertools.product(range(len(z)), repeat=num_samples)))
+    drawn = z[tuples].transpose(0, 1).requires_grad_()  # (S, T, n)
+    values = quadratic(drawn)
+    (slopes,) = torch.autograd.grad(values.sum(), drawn)
+    gradient = score_gradient(values, drawn, KSubset(logits.expand(len(tuples), N), K), baseline, slopes)
+    mean = (p[tuples].prod(-1).unsqueeze(-1) * gradient).sum(0)
+    torch.testing.assert_close(mean, true_gradient(logits, K), atol=1e-10, rtol=0)
+
+
+ESTIMATORS: list[Estimator] = [
+    *(ScoreFunction(make()) for make in BASELINES),
+    Simple(),
+    StraightThrough(),
+    GumbelSoftmax(0.5),
+    GumbelSoftmax(0.5, hard=True),
+    IMLE(FixedTarget(1.0)),
+    NCPSS(0.5),
+]
+
+
+def draws(estimator: Estimator, rows: int, num_samples: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Independent gradients at one point, a row each, and the truth."""
+    logits = randn(N)
+    leaf = logits.expand(rows, N).clone().requires_grad_()
+    expect(quadratic, KSubset(leaf, K), num_samples, grad=estimator, seed=seed).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad, true_gradient(logits, K)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_labels_are_true(estimator: Estimator) -> None:
+    """10^5 samples of f: no bias where the label says so; a bias far beyond its error where it says otherwise."""
+    error = estimator_error(*draws(estimator, 25_000, 4))
+    bias = error.bias_squared
+    if estimator.unbiased:
+        assert abs(bias.value) < 3 * bias.error + 1e-12
+    else:
+        assert bias.value > 10 * bias.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e.unbiased], ids=repr)
+def test_unbiased_at_a_million_samples(estimator: Estimator) -> None:
+    grads = torch.cat([draws(estimator, 25_000, 8, seed)[0] for seed in range(5)])
+    truth = true_gradient(randn(N), K)
+    score = (grads.mean(0) - truth) / (grads.std(0) / len(grads) ** 0.5)
+    assert score.abs().max() < 3
+
+
+def test_simple_is_unbiased_for_affine_functions() -> None:
+    logits = randn(6).requires_grad_()
+    cost = randn(6, seed=1)
+    expect(lambda z: z @ cost + 3, KSubset(logits, 2), 1, grad=Simple(), seed=0).backward()
+    torch.testing.assert_close(logits.grad, true_gradient(logits.detach(), 2, lambda z: z @ cost))
+
+
+def test_leave_one_out_is_the_sample_covariance() -> None:
+    logits = randn(10).requires_grad_()
+    subset = KSubset(logits, 4)
+    mean = expect(quadratic, subset, 16, grad=ScoreFunction(LeaveOneOut()), seed=3)
+    mean.backward()
+    z = subset.sample((16,), seed=3)
+    f = quadratic(z)
+    torch.testing.assert_close(mean, f.mean())
+    torch.testing.assert_close(logits.grad, ((f - f.mean()).unsqueeze(-1) * (z - z.mean(0))).sum(0) / 15)
+
+
+def test_parameters_of_f_get_their_pathwise_gradient() -> None:
+    logits, scale = randn(6).requires_grad_(), torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    subset = KSubset(logits, 3)
+    expect(lambda z: scale * quadratic(z), subset, 20, seed=1).backward()
+    torch.testing.assert_close(scale.grad, quadratic(subset.sample((20,), seed=1)).mean())
+    alone = randn(6).requires_grad_()
+    expect(lambda z: 2 * quadratic(z), KSubset(alone, 3), 20, seed=1).backward()
+    torch.testing.assert_close(logits.grad, alone.grad)
+
+
+def test_a_black_box_is_enough() -> None:
+    seen = []
+
+    def simulator(z: Tensor) -> np.ndarray:
+        seen.append(np.asarray(z))
+        return np.asarray(z) @ np.arange(6)
+
+    logits, twin = randn(6).requires_grad_(), randn(6).requires_grad_()
+    expect(simulator, KSubset(logits, 3), 8, seed=0).backward()
+    expect(lambda z: z @ torch.arange(6).double(), KSubset(twin, 3), 8, seed=0).backward()
+    torch.testing.assert_close(logits.grad, twin.grad)
+    assert seen[0].shape == (8, 6)
+
+
+@pytest.mark.parametrize("estimator", [ScoreFunction(make()) for make in BASELINES[:5]], ids=repr)
+def test_rows_are_independent_of_each_other(estimator: Estimator) -> None:
+    logits = randn(3, 5, 7).requires_grad_()
+    subset = KSubset(logits, torch.tensor([2, 3, 0, 7, 4]))
+    mean = expect(quadratic, subset, 6, grad=estimator, seed=0)
+    assert mean.shape == (3, 5)
+    mean.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    assert (logits.grad[:, 2:4] == 0).all()  # k = 0 and k = n: nothing to choose
+    other = logits.detach().clone()
+    other[1:] += 1
+    moved = other.requires_grad_()
+    expect(quadratic, KSubset(moved, subset.k), 6, grad=estimator, seed=0).sum().backward()
+    torch.testing.assert_close(moved.grad[0], logits.grad[0])  # type: ignore[index]
+
+
+def test_shared_logits_add_up_their_rows() -> None:
+    logits = randn(5).requires_grad_()
+    expect(quadratic, KSubset(logits, torch.tensor([1, 2])), 50, seed=0).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == (5,)
+
+
+@pytest.mark.parametrize("num_samples", [2, 5, 8, 32])
+def test_a_useless_surrogate_does_not_hurt(num_samples: int) -> None:
+    """f = parity of the chosen positions: no affine function explains it."""
+
+    def parity(z: Tensor) -> Tensor:
+        return (z @ torch.tensor([1.0, 2, 4, 7, 11, 16, 22, 29]).to(z)).remainder(2) * 2 - 1 + 10
+
+    def spread(baseline: Baseline) -> float:
+        leaf = torch.zeros(4000, 8, dtype=torch.float64, requires_grad=True)
+        expect(parity, KSubset(leaf, 4), num_samples, grad=ScoreFunction(baseline), seed=0).sum().backward()
+        assert leaf.grad is not None
+        return float(leaf.grad.var(0).sum())
+
+    past = Past(8)
+    past.slope += randn(8)
+    for baseline in (Ridge(), past):
+        assert spread(baseline) < 1.05 * spread(LeaveOneOut()), baseline
+
+
+def test_the_past_is_learned_saved_and_useful() -> None:
+    past, cost = Past(30, rate=0.3), randn(30, seed=1)
+
+    def error(baseline: Baseline) -> Tensor:
+        leaf = randn(30).requires_grad_()
+        for step in range(100):
+            expect(lambda z: z @ cost, KSubset(leaf, 10), 8, grad=ScoreFunction(baseline), seed=step).backward()
+        leaf.grad = None
+        expect(lambda z: z @ cost, KSubset(leaf, 10), 8, grad=ScoreFunction(baseline), seed=1000).backward()
+        pi = KSubset(leaf, 10)
+        return (leaf.grad - pi.covariance_product(cost)).norm()
+
+    assert error(past) < 0.2 * error(LeaveOneOut())
+    other = Past(30, rate=0.3)
+    other.load_state_dict(past.state_dict())
+    assert (other.slope == past.slope).all()
+
+
+def test_relaxed_gradients_are_those_of_the_relaxation() -> None:
+    for hard in (False, True):
+        logits = randn(5).requires_grad_()
+        expect(quadratic, KSubset(logits, 2), 7, grad=GumbelSoftmax(0.7, hard=hard), seed=4).backward()
+        twin = randn(5).requires_grad_()
+        noise = Gumbel().sample((7, 5), torch.Generator().manual_seed(4), torch.float64)
+        z = relaxed_top_k(twin + noise, 2, 0.7)
+        slope_at = top_k((twin + noise).detach(), 2) if hard else z.detach()
+        slope_at = slope_at.requires_grad_()
+        (slope,) = torch.autograd.grad(quadratic(slope_at).mean(0), slope_at)
+        (z * slope).sum().backward()
+        torch.testing.assert_close(logits.grad, twin.grad)
+
+
+def test_imle_is_a_difference_of_solutions() -> None:
+    logits, cost = randn(6).requires_grad_(), randn(6, seed=1)
+    expect(lambda z: z @ cost, KSubset(logits, 3), 5, grad=IMLE(FixedTarget(2.0), noise=Gumbel()), seed=4).backward()
+    keys = logits.detach() + Gumbel().sample((5, 6), torch.Generator().manual_seed(4), torch.float64)
+    expected = (top_k(keys, 3) - top_k(keys - 2 * cost, 3)).mean(0) / 2
+    torch.testing.assert_close(logits.grad, expected)
+
+
+def test_the_adaptive_target_finds_its_strength() -> None:
+    target, cost = AdaptiveTarget(step=0.02), randn(20, seed=1)
+    for step in range(200):
+        logits = randn(20).requires_grad_()
+        expect(lambda z: z @ cost, KSubset(logits, 5), 16, grad=IMLE(target), seed=step).backward()
+        assert logits.grad is not None
+        assert logits.grad.isfinite().all()
+    assert 0.3 < target.found < 3
+    assert target.beta > 0
+
+
+def test_the_calibrating_tilt_and_its_derivative() -> None:
+    logits = randn(3, 8).requires_grad_()
+    k = torch.tensor([1, 4, 7])
+    tilt = calibrating_tilt(logits, k)
+    torch.testing.assert_close(torch.sigmoid(logits + tilt.unsqueeze(-1)).sum(-1), k.double(), atol=1e-3, rtol=0)
+    p = torch.sigmoid(logits + tilt.unsqueeze(-1)).detach()
+    (slope,) = torch.autograd.grad(tilt.sum(), logits)
+    torch.testing.assert_close(slope, -(p * (1 - p)) / (p * (1 - p)).sum(-1, keepdim=True), atol=1e-2, rtol=1e-2)
+
+
+def test_a_table_says_what_each_is() -> None:
+    rows = describe(ESTIMATORS)
+    assert rows[0] == {
+        "estimator": "ScoreFunction(NoBaseline())",
+        "exact samples": "yes",
+        "unbiased": "yes",
+        "differentiable f": "not needed",
+    }
+    assert [row["unbiased"] for row in rows] == ["yes"] * 6 + ["no"] * 6
+    assert [row["differentiable f"] for row in rows] == ["not needed"] * 4 + ["needed", "not needed"] + ["needed"] * 6
+
+
+def test_without_a_gradient_only_the_mean_is_made() -> None:
+    subset = KSubset(randn(6), 3)
+    for estimator in (ScoreFunction(), ScoreFunction(Tangent())):
+        assert not expect(lambda z: np.asarray(z).sum(-1), subset, 4, grad=estimator, seed=0).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("f", "num_samples", "estimator", "message"),
+    [
+        (quadratic, 0, None, "num_samples: got 0"),
+        (quadratic, 2.0, None, "num_samples: got 2.0"),
+        (quadratic, 1, ScoreFunction(LeaveOneOut()), "num_samples: got 1, wanted at least 2: LeaveOneOut.. is made from"),
+        (lambda z: z, 3, None, r"f: returned shape \(3, 6\)"),
+        (lambda z: torch.tensor([0.0, 1.0, float("nan")]), 3, None, "f: returned nan for sample 2"),
+        (lambda z: np.asarray(z.detach()).sum(-1), 3, Simple(), "f: its values carry no gradient in z"),
+        (lambda z: np.asarray(z.detach()).sum(-1), 3, ScoreFunction(Tangent()), "f: its values carry no gradient in z"),
+    ],
+)
+def test_bad_input(f, num_samples, estimator, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expect(f, KSubset(randn(6).requires_grad_(), 3), num_samples, grad=estimator, seed=0)
+
+
+def test_bad_settings() -> None:
+    for make, message in (
+        (lambda: GumbelSoftmax(0.0), "tau: got 0"),
+        (lambda: NCPSS(-1.0), "tau: got -1"),
+        (lambda: FixedTarget(0.0), "strength: got 0"),
+        (lambda: AdaptiveTarget(momentum=1.0), "momentum: got 1"),
+        (lambda: Ridge(folds=1), "folds: got 1"),
+        (lambda: Past(5, rate=0.0), "rate: got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    rows = KSubset(randn(2, 6).requires_grad_(), torch.tensor([1, 2]))
+    for estimator in (GumbelSoftmax(), IMLE()):
+        with pytest.raises(ValueError, match="k: differs between rows"):
+            expect(quadratic, rows, 2, grad=estimator)
+    with pytest.raises(ValueError, match="NCPSS needs finite logits"):
+        expect(quadratic, KSubset(randn(6).requires_grad_(), 6), 2, grad=NCPSS())
+    with pytest.raises(ValueError, match="subset: got Tensor"):
+        expect(quadratic, randn(4), 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="row"):
+        expect(lambda z: z.sum(-1) / 0, KSubset(randn(2, 6), 3), 2)
