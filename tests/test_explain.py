@@ -21,7 +21,7 @@ def score(encoding) -> torch.Tensor:
     """Three smooth scores that look at every entry of any encoding, after its batch dimensions."""
     parts = encoding if isinstance(encoding, tuple) else (encoding,)
     flat = torch.cat([part.reshape(-1) for part in parts])
-    mix = torch.sin(torch.arange(3 * len(flat), dtype=flat.dtype)).view(3, -1)
+    mix = torch.sin(torch.arange(3 * len(flat), dtype=flat.dtype, device=flat.device)).view(3, -1)
     return torch.tanh(mix @ flat) + mix @ flat.square() / 10
 
 
@@ -177,6 +177,22 @@ def test_also_where_gradients_are_off():
     with torch.no_grad():
         there = explained(encoder, bag)
     torch.testing.assert_close(there, explained(encoder, bag), **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ZOO)
+def test_on_a_gpu_it_is_the_same(name):
+    encoder, bag = ZOO[name].double().eval(), InMemory(elements(), chunk_size=4)
+    wanted, alone = explained(encoder, bag), torch.cat(list(score_alone(encoder, bag, flat)))
+    encoder.cuda()
+    try:
+        there = explained(encoder, bag)
+        alone_there = torch.cat(list(score_alone(encoder, bag, flat)))
+    finally:
+        encoder.cpu()
+    assert there[0].is_cuda
+    torch.testing.assert_close((there[0].cpu(), there[1].cpu(), alone_there.cpu()), (*wanted, alone), **CLOSE)
 
 
 @pytest.mark.parametrize(
