@@ -79,7 +79,7 @@ class Geometry(NamedTuple):
             size = [bag.element_shape[2], bag.element_shape[1]]
         patch = (spacing(corners),) * 2 if size is None else tuple(np.broadcast_to(np.asarray(size, float), 2).tolist())
         if extra.get("anchor", "corner") != "corner":
-            corners = corners - np.asarray(patch) / 2
+            corners = corners - (np.asarray(patch) - 1) / 2  # the coordinates are those of the middle pixel
         return cls(corners, patch, extra.get("coords_unit", "px") == "px")
 
 

@@ -15,14 +15,14 @@ import pandas as pd
 import torch
 
 from distset.checkpoints import check_weights, read_state
-from distset.data import Store
+from distset.data import Store, readers, write_store
 from distset.report import prediction_table
 from distset.runs import RunFolder, make_task
 from distset.sets import ChunkedSet
 from distset.tasks.bags import BagTask
 from distset.train import Example, predict_all
 
-__all__ = ["Trained", "Work", "choose_sets", "predict_sets", "with_progress"]
+__all__ = ["Trained", "Work", "choose_sets", "predict_sets", "store_of_file", "with_progress"]
 
 log = logging.getLogger("distset")
 
@@ -81,16 +81,16 @@ class Trained(NamedTuple):
         task.model.load_state_dict(state["model"])
         return cls(task, tuple(meta["element_shape"]))
 
-    def check(self, store: Store) -> None:
-        """Raise where the model cannot read the store's elements.
+    def check(self, store: Store, name: str | None = None) -> None:
+        """Raise where the model cannot read the store's elements; ``name`` is what the error calls the store.
 
         Raises:
             ValueError: for elements of another shape.
         """
         if store.element_shape != self.element_shape:
             raise ValueError(
-                f"data.path: {store.path} has elements of shape {store.element_shape}, the model was trained on "
-                f"{self.element_shape}; use a store made by the same extractor, or another run"
+                f"{name or f'data.path: {store.path}'} has elements of shape {store.element_shape}, the model was trained "
+                f"on {self.element_shape}; use elements of the same extractor, or another run"
             )
 
 
@@ -131,7 +131,7 @@ class Work(NamedTuple):
             own = RunFolder(path).config["data"]  # with its split, where no other is named
             data |= {key: own[key] for key in ("path", "split", "fold") if data[key] is None}
         store = store or Store(data["path"])
-        trained.check(store)
+        trained.check(store, None if config.get("bag") is None else f"bag: {config['bag']}")
         ids = choose_sets(store, sets=config.get("sets"), split=data["split"], fold=data["fold"] or 0, part=data["part"])
         out = _out(config["out"], path, kind, store, data["part"] if kind == "evaluate" else None)
         return cls(trained, store, ids, data["chunk_size"] or trained.chunk_size, _threshold(config, trained), out)
@@ -152,6 +152,41 @@ class Work(NamedTuple):
             labels=None if all(label is None for label in labels) else labels,
             threshold=self.threshold,
         )
+
+
+def store_of_file(path: str | Path, scratch: Path) -> Store:
+    """One bag's file (or folder of patches), in any format that `jobs.ingest` reads, as a store under ``scratch``.
+
+    Raises:
+        ValueError: for a path that is not there, an ending that no reader takes, or a file that does not read.
+    """
+    path = Path(path).resolve()
+    if not path.exists():
+        raise ValueError(f"bag: found nothing at {path}")
+    suffix = "/" if path.is_dir() else path.suffix.lower()
+    if suffix not in READERS:
+        raise ValueError(f"bag: got {path.name}, wanted a file that ends in {', '.join(READERS)} (/: a folder of patches)")
+    errors = []
+    for reader in READERS[suffix]:
+        try:
+            source = reader(path.parent)
+            set_id = next(name for name in source.ids if source.files[name].resolve() == path)
+            return write_store(scratch / path.stem, [source.read(set_id)])
+        except (ValueError, StopIteration) as error:
+            errors.append(str(error))
+    raise ValueError(f"bag: {path} does not read: {'; '.join(errors)}")
+
+
+READERS: dict[str, tuple[Callable[[Path], readers.FileSource], ...]] = {
+    ".h5": (readers.trident, readers.stamp),
+    ".hdf5": (readers.trident, readers.stamp),
+    ".pt": (readers.pt_files,),
+    ".pth": (readers.pt_files,),
+    ".npy": (readers.arrays,),
+    ".npz": (readers.arrays,),
+    ".csv": (readers.csv_bags,),
+    "/": (readers.patches,),
+}
 
 
 def pick_device(name: str) -> torch.device:

@@ -6,21 +6,32 @@ of each element as Parquet, heat-maps, the elements that say most; ``explain.geo
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distset.bag_explain import ExplainPlan, explain_bag, folder_name, target_class
-from distset.bag_predict import Work, with_progress
+from distset.bag_predict import Work, store_of_file, with_progress
 from distset.build import build
+from distset.data import Store
 from distset.report import write_table
 from jobs._common import job
 
 
 @job("predict")
 def main(config: dict[str, Any]) -> None:
+    if config["bag"] is None:
+        predict(config)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        predict(config, store_of_file(config["bag"], Path(scratch)))
+
+
+def predict(config: dict[str, Any], store: Store | None = None) -> None:
     plan: ExplainPlan = build(config["explain"], "explain")
-    work = Work.of(config, "predict")
+    work = Work.of(config, "predict", store)
     if plan.target is not None:
         target_class(work.trained.task, plan.target, [])  # unknown ones end here, before any work is done
     p = work.probabilities()

@@ -15,10 +15,12 @@ from PIL import Image
 
 from distset import InMemory, encode_set
 from distset.bag_explain import ExplainPlan, Geometry, element_scores, explain_bag, folder_name, spacing
-from distset.bag_predict import Trained, choose_sets
+from distset.bag_predict import Trained, choose_sets, store_of_file
 from distset.data import Bag, Store, write_store
 from distset.report import bag_scores
 from distset.runs import RunFolder
+from distset.tasks import bag_models
+from distset.tasks.bags import BagTask, _inside
 from jobs import evaluate, predict, train
 
 
@@ -215,7 +217,7 @@ def test_heatmaps_lie_over_the_image_of_the_set(run, tmp_path):
     Image.fromarray(image).save(tmp_path / "img.png")
     rng = np.random.default_rng(0)
     coords = np.array([[4.0, 4.0], [20.0, 12.0], [50.0, 30.0]])
-    extra = {"image": "elsewhere/img.png", "patch_size": 8, "anchor": "center"}
+    extra = {"image": "elsewhere/img.png", "patch_size": 9, "anchor": "center"}
     elements = rng.integers(0, 255, (3, 1, 8, 8)).astype(np.uint8)
     store = write_store(
         tmp_path / "store", [Bag("a/b", elements, coords, label="0", extra=extra), Bag("c", elements, label="1")]
@@ -223,7 +225,7 @@ def test_heatmaps_lie_over_the_image_of_the_set(run, tmp_path):
     bag = store.open("a/b", 2)
     geometry = Geometry.of(bag)
     assert sorted(map(tuple, geometry.corners.tolist())) == [(0.0, 0.0), (16.0, 8.0), (46.0, 26.0)]
-    assert geometry.patch == (8.0, 8.0)
+    assert geometry.patch == (9.0, 9.0)
     task = Trained.load(run).task
     folder = tmp_path / folder_name("a/b")
     explain_bag(task, bag, folder, ExplainPlan(images=str(tmp_path), target="0", top=0), [0.5, 0.5])
@@ -235,6 +237,45 @@ def test_heatmaps_lie_over_the_image_of_the_set(run, tmp_path):
     assert Geometry.of(nowhere) is None
     explain_bag(task, nowhere, tmp_path / "c", ExplainPlan(geojson=True), [0.5, 0.5])
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"elements.parquet", "top.csv", "top.parquet", "top.png"}
+
+
+def test_one_file_is_a_bag(run, job, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (6, 1, 8, 8)).astype(np.uint8)
+    np.save(tmp_path / "slide 7.npy", images)
+    torch.save({"features": torch.from_numpy(images)}, tmp_path / "slide-8.pt")
+    for file, stem in (("slide 7.npy", "slide 7"), ("slide-8.pt", "slide-8")):
+        said, code = job(predict, f"run={run}", f"bag='{tmp_path / file}'", "elements=true", f"out='{tmp_path / stem}'")
+        assert code == 0, said
+        row = pd.read_csv(tmp_path / stem / "predictions.csv").iloc[0]
+        assert row["set_id"] == stem
+        wanted = RunFolder(run).load_task().predict(InMemory(torch.from_numpy(images), element_ndim=3))
+        assert row["prob_1"] == pytest.approx(wanted[1].item(), abs=1e-6)
+        assert (tmp_path / stem / "elements" / folder_name(stem) / "elements.parquet").exists()
+    np.save(tmp_path / "wide.npy", np.zeros((4, 7), np.float32))
+    said, code = job(predict, f"run={run}", f"bag={tmp_path}/wide.npy")
+    assert (code, "wide.npy has elements of shape (7,), the model" in said) == (1, True), said
+    (tmp_path / "no.npy").write_text("no array")
+    said, code = job(predict, f"run={run}", f"bag={tmp_path}/no.npy")
+    assert (code, "no.npy does not read" in said) == (1, True), said
+    said, code = job(predict, f"run={run}", f"bag={tmp_path}/slide.xml")
+    assert (code, "bag: found nothing at" in said) == (1, True), said
+    (tmp_path / "slide.xml").write_text("")
+    said, code = job(predict, f"run={run}", f"bag={tmp_path}/slide.xml")
+    assert (code, "bag: got slide.xml, wanted a file that ends in .h5" in said) == (1, True), said
+
+
+def test_h5_files_of_slides_are_bags(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    for name, key in (("clam", "features"), ("stamp", "feats")):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file[key] = np.ones((5, 3), np.float32)
+            file["coords"] = np.arange(10.0).reshape(5, 2)
+            if name == "stamp":
+                file.attrs.update({"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224})
+        store = store_of_file(tmp_path / f"{name}.h5", tmp_path / "scratch")
+        assert store.ids == [name]
+        assert len(store.open(name)) == 5
 
 
 def test_small_parts():
@@ -251,3 +292,28 @@ def test_parts_of_a_split(run):
     assert choose_sets(store, part="val") == store.split().val
     with pytest.raises(ValueError, match="the nearest it holds is 'val-0000'"):
         choose_sets(store, sets=["val-0000x"])
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("model", ["umbc", "sse", "hierarchical_sse", "deepsets", "abmil", "dsmil", "max_instance"])
+def test_elements_of_every_model(model, classes):
+    """With a network inside: attention sums to 1, contributions do not depend on chunks, an element alone is a bag."""
+    outputs = 1 if classes == 2 else classes
+    extractor = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.Tanh())
+    encoder, head = getattr(bag_models, model)(8, outputs, width=8)
+    task = BagTask.of(_inside(extractor, encoder), head, classes=["a", "b", "c"][:classes])
+    task.model.double().eval()
+    images = torch.randn(9, 3, 2, 2, dtype=torch.float64)
+
+    def scores(chunk_size):
+        parts = list(element_scores(task, InMemory(images, chunk_size, element_ndim=3), alone=True))
+        return [np.concatenate([getattr(part, name) for part in parts]) for name in ("attention", "contribution", "alone")]
+
+    attention, contribution, alone = scores(None)
+    assert attention.sum() == pytest.approx(1)
+    assert contribution.shape == (9, outputs)
+    assert np.abs(contribution).max() > 0
+    for got, wanted in zip(scores(4), (attention, contribution, alone), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+    one = task.predict(InMemory(images[3:4], element_ndim=3)).detach()
+    np.testing.assert_allclose(alone[3], one, atol=1e-6)
