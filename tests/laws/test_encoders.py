@@ -87,9 +87,9 @@ def test_softmax_is_exact_for_large_logits(scale, shift):
         """Attention whose logits and values are the elements themselves."""
 
         def encode(self, chunk, query):
-            from distset.encoders import _pool
+            from distset.encoders.pooling import softmax_state
 
-            return _pool(chunk.elements[..., :1].mT, chunk.elements[..., 1:], chunk.mask, True)
+            return softmax_state(chunk.elements[..., :1].mT, chunk.elements[..., 1:], chunk.mask, True)
 
     logits = (torch.rand(4096, 1) * 2 - 1) * scale + shift
     values = torch.randn(4096, 3)
@@ -105,9 +105,9 @@ def test_states_stay_float32_under_bfloat16():
 
     class Average(ChunkEncoder):
         def encode(self, chunk, query):
-            from distset.encoders import _accumulable
+            from distset.encoders.pooling import accumulable
 
-            return Mean(_accumulable(chunk.elements).sum(-2), chunk.counts(torch.float32))
+            return Mean(accumulable(chunk.elements).sum(-2), chunk.counts(torch.float32))
 
     umbc = UMBC(4, 2).bfloat16().eval()
     sets = InMemory(x, 4096)

@@ -1,0 +1,55 @@
+"""Pooling in the precision of states: products, softmax and maximum of one chunk's elements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distset.kernels import HALVES, wide_product
+from distset.sets import Chunk
+from distset.states import Max, Softmax
+
+__all__ = ["accumulable", "check_in", "max_state", "softmax_state", "wide"]
+
+
+def accumulable(x: Tensor) -> Tensor:
+    """States are float32, or float64 where the inputs are."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def wide(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the precision of states, whatever autocast would do: logits and sums must not be rounded to halves."""
+    if b.is_cuda and b.dtype in HALVES:
+        return wide_product(a, b)
+    if not torch.is_autocast_enabled(a.device.type):
+        return accumulable(a) @ accumulable(b)
+    with torch.autocast(a.device.type, enabled=False):
+        return accumulable(a) @ accumulable(b)
+
+
+def softmax_state(log_weights_KN: Tensor, values_ND: Tensor, mask: Tensor | None, normalize: bool) -> Softmax:
+    """The softmax state of values under weights given by their logarithms; unnormalised weights keep a shift of 0."""
+    if mask is not None:
+        log_weights_KN = log_weights_KN.masked_fill(~mask.unsqueeze(-2), -torch.inf)
+        values_ND = values_ND.masked_fill(~mask.unsqueeze(-1), 0.0)
+    shift = log_weights_KN.detach().amax(-1, keepdim=True)
+    shift = shift.clamp_min(torch.finfo(shift.dtype).min) if normalize else torch.zeros_like(shift)
+    if torch.is_grad_enabled() or log_weights_KN.dtype != shift.dtype:
+        weights_KN = torch.exp(log_weights_KN - shift)
+    else:  # a sweep owns its logits: no second and third tensor of their size
+        weights_KN = log_weights_KN.sub_(shift).exp_()
+    return Softmax(wide(weights_KN, values_ND), weights_KN.sum(-1, keepdim=True), shift)
+
+
+def max_state(h_ND: Tensor, chunk: Chunk) -> Max:
+    if chunk.mask is not None:
+        h_ND = h_ND.masked_fill(~chunk.mask.unsqueeze(-1), -torch.inf)
+    top = h_ND.amax(-2)
+    return Max(top, (h_ND == top.unsqueeze(-2)).sum(-2).to(top.dtype))
+
+
+def check_in(name: str, value: Any, wanted: tuple[Any, ...]) -> None:
+    if value not in wanted:
+        raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, wanted))}")
