@@ -105,7 +105,7 @@ def train_bags(
     train, val, test = (StoreBags(store, ids, data["chunk_size"]) for ids in split)
     plan: Plan = build(config["plan"], "plan", seed=config["seed"])
     task = make_task(config, store.element_shape, store.classes)
-    if checkpoints.load() is None:
+    if not checkpoints.exists():
         _standardise(task, train)
     task.model.to(device or torch.device("cpu"))
     rebuilt_by = {key: config[key] for key in ("task", "model", "backbone", "grad", "seed")}

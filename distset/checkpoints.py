@@ -40,12 +40,15 @@ class Checkpoints:
             self._best_step = best["step"]
         self._write("last", {"format": FORMAT, **state})
 
+    def exists(self) -> bool:
+        """Whether a run has left something to go on from."""
+        return (self.folder / "last" / "state.pt").exists()
+
     def load(self) -> dict[str, Any] | None:
         """The last state, or None where nothing was saved yet."""
-        path = self.folder / "last" / "state.pt"
         for draft in self.folder.glob("*/*.tmp"):  # what a killed writer left behind
             draft.unlink(missing_ok=True)
-        return read_state(path) if path.exists() else None
+        return read_state(self.folder / "last" / "state.pt") if self.exists() else None
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         path = self.folder / name / "state.pt"

@@ -6,6 +6,7 @@ history, so that no step stands in them twice.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import time
 from collections import deque
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from distset.checkpoints import write_atomically
 from distset.train import Record, Watch
@@ -33,6 +34,9 @@ class RunLog(Watch):
     Args:
         folder: the run folder.
         bar: whether to draw a progress bar (on standard error; never where that is no terminal).
+
+    Raises:
+        ValueError: on entry, where another process is writing there.
     """
 
     def __init__(self, folder: str | Path, *, bar: bool = True) -> None:
@@ -68,6 +72,13 @@ class RunLog(Watch):
 
     def __enter__(self) -> RunLog:
         file = logging.FileHandler(self.folder / "train.log")
+        try:
+            fcntl.flock(
+                cast(TextIO, file.stream), fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # held until the process ends, however it ends
+        except BlockingIOError as error:
+            file.close()
+            raise ValueError(f"run.dir: another process is training in {self.folder}; wait for it, or stop it") from error
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         self._handlers = [file, _Terminal()]
         log.setLevel(logging.INFO)

@@ -20,7 +20,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.letters: list[tuple[str, tuple[Any, ...]]] = []
-        self.failure: str | None = None
+        self.failure: tuple[str, str] | None = None
 
     def put(self, letters: list[tuple[str, tuple[Any, ...]]]) -> None:
         self.letters += letters
@@ -29,11 +29,12 @@ class Mailbox:
         letters, self.letters = self.letters, []
         return letters
 
-    def fail(self, message: str) -> None:
+    def fail(self, kind: str, message: str) -> None:
         """Remember an error that would only repeat itself: restarted workers look here before they start."""
-        self.failure = self.failure or message
+        self.failure = self.failure or (kind, message)
 
-    def failed(self) -> str | None:
+    def failed(self) -> tuple[str, str] | None:
+        """The kind of error and what it said, if any."""
         return self.failure
 
 

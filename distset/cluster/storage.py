@@ -30,13 +30,16 @@ class StorageCheckpoints(Checkpoints):
         self.uri = uri
         self._open()  # a wrong URI is said at once
 
-    def load(self) -> dict[str, Any] | None:
+    def exists(self) -> bool:
         filesystem, root = self._open()
-        path = f"{root}/last/state.pt"
-        if filesystem.get_file_info(path).type == fs.FileType.NotFound:
+        return filesystem.get_file_info(f"{root}/last/state.pt").type != fs.FileType.NotFound
+
+    def load(self) -> dict[str, Any] | None:
+        if not self.exists():
             return None
-        with filesystem.open_input_stream(path) as file:
-            return read_state(io.BytesIO(file.read()), path)
+        filesystem, root = self._open()
+        with filesystem.open_input_stream(f"{root}/last/state.pt") as file:
+            return read_state(io.BytesIO(file.read()), f"{self.uri}/last/state.pt")
 
     def fetch(self, folder: Path) -> None:
         """Copy last and best to a local folder."""

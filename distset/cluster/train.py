@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import traceback
 from typing import Any, Protocol
 
 import ray
@@ -46,27 +47,28 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
     """Run ``process`` on the cluster's workers; returns what rank 0 returned.
 
     Args:
-        process: called as ``process(watch=..., device=...)`` on every worker; a ValueError of its is not tried again.
+        process: called as ``process(watch=..., device=...)`` on every worker; it returns no tensors, Ray wants none. An
+            error that it raises ends the run; only lost workers (and what their loss does to others) are tried again.
         cluster: see `Cluster`; of at least one worker.
         watch: told, in this process, what rank 0 tells its own.
 
     Raises:
-        ValueError: what ``process`` raised.
-        RuntimeError: where workers died more often than ``max_failures``.
+        ValueError: where ``process`` raised one.
+        RuntimeError: for any other error in it; where workers were lost more often than ``max_failures``.
     """
     start_ray(cluster)
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
     try:
         # Ray Train wants a folder for checkpoints; ours are kept by fit(), see docs/decisions.md.
         with tempfile.TemporaryDirectory() as unused, Postman(mailbox, watch or Watch()):
-            answer = _trainer(process, mailbox, cluster, unused).fit().return_value
+            result = _trainer(process, mailbox, cluster, unused).fit().return_value
     except TrainingFailedError as error:
-        answer = {"error": ray.get(mailbox.failed.remote())}
-        if answer["error"] is None:
+        if ray.get(mailbox.failed.remote()) is None:
             raise RuntimeError(f"cluster: training failed after {cluster.max_failures} restarts: {_cause(error)}") from error
-    if "error" in answer:
-        raise ValueError(answer["error"])
-    return answer["result"]
+    if failure := ray.get(mailbox.failed.remote()):
+        kind, message = failure
+        raise ValueError(message) if kind == "ValueError" else RuntimeError(message)
+    return result
 
 
 def _trainer(process: Process, mailbox: Any, cluster: Cluster, storage: str) -> Any:
@@ -86,25 +88,29 @@ def _trainer(process: Process, mailbox: Any, cluster: Cluster, storage: str) -> 
     )
 
 
-def _work(job: dict[str, Any]) -> dict[str, Any]:
+def _work(job: dict[str, Any]) -> Any:
     """The loop of one worker."""
     mailbox, device, context = job["mailbox"], ray.train.torch.get_device(), ray.train.get_context()
-    if failure := ray.get(mailbox.failed.remote()):
-        return {"error": failure}
+    if ray.get(mailbox.failed.remote()):
+        return None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     rank = context.get_world_rank()
     watch = _Reporting(mailbox) if rank == 0 else _Reporting(None)
     try:
         result = job["process"](watch=watch, device=device)
-    except ValueError as error:
-        ray.get(mailbox.fail.remote(str(error)))
+    except Exception as error:
+        if isinstance(error, ValueError):
+            ray.get(mailbox.fail.remote("ValueError", str(error)))
+        elif context.get_world_size() == 1:  # else it may be what a lost worker leaves the others with
+            ray.get(mailbox.fail.remote(type(error).__name__, traceback.format_exc()))
         if context.get_world_size() == 1:
-            return {"error": str(error)}
-        raise  # the others wait in a collective: let Ray end them
-    if rank == 0:
-        watch.flush()
-    return {"result": result if rank == 0 else None}
+            return None
+        raise  # the others may wait in a collective: Ray ends them
+    if rank != 0:
+        return None
+    watch.flush()
+    return result
 
 
 class _Reporting(MailboxWatch):
