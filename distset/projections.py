@@ -132,8 +132,6 @@ def _parts(projection: Projection, solver: Solver) -> tuple[Tensor | None, bool]
     """The normal that is taken out (None: none), and whether the norm is."""
     if isinstance(projection, Plane):
         return projection.normal, False
-    if projection == "auto" and solver.projection is not None:
-        projection = solver.projection
     if projection == "auto":  # all that the declaration allows
         plane = solver.hyperplane is not None and not solver.nonnegative
         return (torch.as_tensor(solver.hyperplane, dtype=torch.float64) if plane else None), solver.scale_free

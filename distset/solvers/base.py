@@ -65,7 +65,6 @@ class Solver(ABC):
         instance_ndim: dimensions of one instance; what comes before them is batch.
         hyperplane: None where there is none; 1.0 for the all-ones normal.
         mask: bool array that broadcasts to the instance; None where every entry counts.
-        projection: what ``projection="auto"`` means, where the declaration should not decide.
     """
 
     sense: Literal["min", "max"] = "min"
@@ -73,7 +72,6 @@ class Solver(ABC):
     hyperplane: np.ndarray | float | None = None
     nonnegative: bool = False
     scale_free: bool = True
-    projection: Literal["none", "mean", "norm", "std"] | None = None
     limit: TimeLimit | None = None
 
     @abstractmethod

@@ -83,7 +83,7 @@ class Pooled(Solver):
         self.workers, self.when, self.retries, self.hard = workers, when, retries, limit
         self.limit = limit or self.solver.limit
         self.sense, self.instance_ndim = self.solver.sense, self.solver.instance_ndim
-        self.hyperplane, self.projection = self.solver.hyperplane, self.solver.projection  # type: ignore[misc]
+        self.hyperplane = self.solver.hyperplane
         self.nonnegative, self.scale_free = self.solver.nonnegative, self.solver.scale_free
         self.pooled_calls = 0
         self._paces: dict[tuple[int, ...], Pace] = {}

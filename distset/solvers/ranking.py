@@ -17,7 +17,8 @@ class Ranking(TensorSolver):
     The rearrangement inequality pairs the largest score with the smallest rank, so that ranking is the minimum of a linear
     cost (Rolínek et al. 2020). Exact, O(n log n) an instance, on any device. Among equal scores the lower index ranks first.
 
-    The sum of the ranks is fixed, so the mean can be projected out; what ranking needs is the norm, which ``"auto"`` means.
+    The sum of the ranks is fixed, so that mean and norm can be projected out. Without, `Identity` only ever raises what
+    should rank higher, and training degrades.
 
     References:
         Rolínek, Musil, Paulus, Vlastelica, Michaelis, Martius 2020, "Optimizing Rank-Based Metrics with Blackbox
@@ -32,7 +33,6 @@ class Ranking(TensorSolver):
 
     sense = "min"
     hyperplane = 1.0
-    projection = "norm"
 
     def check_shape(self, instance: tuple[int, ...]) -> None:
         if len(instance) != 1 or instance[0] < 1:

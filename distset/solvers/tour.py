@@ -69,7 +69,7 @@ class Tour(_Cities):
     Args:
         dynamic: cities up to which dynamic programming is used.
         limit: seconds an instance for the mixed-integer program; with ``then="best"`` the subtours that were found are
-            patched into a tour.
+            patched into a tour and improved by 2-opt.
 
     Example:
         >>> import numpy as np
@@ -205,15 +205,15 @@ def _cutting_planes(distance: np.ndarray, seconds: float | None) -> tuple[np.nda
             break
         if np.abs(x - np.round(x)).max() < 1e-6:
             cycles = _cycles(np.round(x), edges, n)
-            if len(cycles) == 1 or status == Status.BEST_FOUND:
-                return _patch(cycles, distance), status
+            if len(cycles) == 1 or status == Status.BEST_FOUND:  # one round trip is the best already: 2-opt leaves it
+                return _two_opt(_patch(cycles, distance), distance), status
             subsets = cycles if len(cycles) > 2 else cycles[:1]
         else:
             subsets = _violated(x, edges, n)
         if not subsets:
             integer[:] = True
         cuts += [_crossing(subset, edges, n) for subset in subsets]
-    return _patch(cycles, distance), Status.BEST_FOUND
+    return _two_opt(_patch(cycles, distance), distance), Status.BEST_FOUND
 
 
 def _violated(x: np.ndarray, edges: _Edges, n: int) -> list[np.ndarray]:
@@ -287,3 +287,17 @@ def _patch(cycles: list[np.ndarray], distance: np.ndarray) -> np.ndarray:
         _, at, turned = min(ways, key=lambda way: way[0])
         tour = np.concatenate([tour[: at + 1], turned, tour[at + 1 :]])
     return tour
+
+
+def _two_opt(tour: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Turn a stretch of the tour around as long as the best such turn shortens it."""
+    i, j = np.triu_indices(len(tour), 2)
+    while True:
+        after = np.roll(tour, -1)
+        gain = distance[tour[i], after[i]] + distance[tour[j], after[j]]
+        gain = gain - distance[tour[i], tour[j]] - distance[after[i], after[j]]
+        best = int(np.argmax(gain))
+        if gain[best] <= 1e-12 * np.abs(distance).max():
+            return tour
+        first, last = i[best] + 1, j[best] + 1
+        tour = np.concatenate([tour[:first], tour[first:last][::-1], tour[last:]])

@@ -112,7 +112,7 @@ def test_auto_follows_the_declaration():
     weighted = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
     cases = [
         (TopK(1), project_std(w)),
-        (Ranking(), project_norm(w)),
+        (Ranking(), project_std(w)),
         (FunctionSolver(one_hot_of_least), project_norm(w)),
         (FunctionSolver(one_hot_of_least, scale_free=False), w),
         (AWARE, project_mean(w)),

@@ -1,0 +1,139 @@
+"""Rank losses against scikit-learn and their formulas; and that they train with the norm projected out, not without."""
+
+import numpy as np
+import pytest
+import sklearn.metrics
+import torch
+from torch import nn
+
+from distset.losses import average_precision_loss, recall_at, recall_loss
+from distset.solve import Identity
+
+
+def batch(queries=30, n=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(queries, n, dtype=torch.float64, generator=generator)
+    relevant = torch.rand(queries, n, generator=generator) < 0.3
+    relevant[0] = queries == 1  # of many queries the first has nothing relevant
+    return scores, relevant
+
+
+def with_some(scores, relevant):
+    some = relevant.any(-1)
+    return scores[some].numpy(), relevant[some].numpy()
+
+
+def test_average_precision_is_scikit_learns():
+    scores, relevant = batch()
+    assert not relevant.any(-1).all()  # queries without anything relevant are among them
+    wanted = [sklearn.metrics.average_precision_score(r, s) for s, r in zip(*with_some(scores, relevant))]
+    torch.testing.assert_close(1 - average_precision_loss(scores, relevant), torch.tensor(np.mean(wanted)))
+
+
+def test_recall_loss_counts_who_is_ranked_above():
+    scores, relevant = batch()
+    wanted = []
+    for s, r in zip(*with_some(scores, relevant)):
+        ahead = [((s > s[i]) & ~r).sum() for i in np.flatnonzero(r)]
+        wanted.append(np.mean(np.log1p(np.log1p(ahead))))
+    torch.testing.assert_close(recall_loss(scores, relevant), torch.tensor(np.mean(wanted)))
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_recall_at(k):
+    scores, relevant = batch()
+    wanted = np.mean([r[np.argsort(-s)[:k]].any() for s, r in zip(scores.numpy(), relevant.numpy())])
+    assert recall_at(scores, relevant, k) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("loss", [recall_loss, average_precision_loss])
+def test_gradient_by_hand(loss):
+    scores, relevant = batch(queries=1)
+    scores.requires_grad_()
+    (got,) = torch.autograd.grad(loss(scores, relevant, grad=Identity("none")), scores)
+    s, r = scores[0].detach(), relevant[0]
+    ranks = (s > s[:, None]).sum(1) + 1.0
+    above = ((s > s[:, None]) & r).sum(1) + 1.0
+    ahead = ranks - above
+    slope = 1 / (1 + torch.log1p(ahead)) / (1 + ahead) if loss is recall_loss else above / ranks**2
+    torch.testing.assert_close(got[0], torch.where(r, -slope / r.sum(), 0.0).double())
+
+
+@pytest.mark.parametrize("loss", [recall_loss, average_precision_loss])
+def test_a_perfect_ranking_costs_nothing_and_a_margin_asks_for_more(loss):
+    relevant = torch.tensor([[True, True, False, False]])
+    scores = torch.tensor([[0.9, 0.8, 0.7, 0.1]])
+    assert loss(scores, relevant) == 0
+    assert loss(scores, relevant, margin=0.05) == 0
+    assert loss(scores, relevant, margin=0.15) > 0
+
+
+@pytest.mark.parametrize("loss", [recall_loss, average_precision_loss])
+def test_near_ties_that_rounding_breaks(loss):
+    generator = torch.Generator().manual_seed(0)
+    scores = 0.9 + 2e-7 * torch.randint(0, 4, (500, 20), generator=generator)
+    relevant = torch.rand(500, 20, generator=generator) < 0.3
+    scores.requires_grad_()
+    value = loss(scores, relevant)
+    value.backward()
+    assert 0 < value < 2
+    assert scores.grad.isfinite().all()
+
+
+def train(strategy, steps, lr, unit):
+    """Recall@1, every 200 steps, of a linear embedding of classes under strong nuisance, trained on the recall loss."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(6).repeat(8)
+    centres = torch.randn(8, 20, generator=generator)[labels]
+    embed = nn.Linear(40, 8, bias=False)
+    nn.init.normal_(embed.weight, std=0.1, generator=generator)
+    optimizer = torch.optim.Adam(embed.parameters(), lr=lr)
+    others = ~torch.eye(48, dtype=torch.bool)
+    relevant = (labels[:, None] == labels)[others].reshape(48, 47)
+
+    def draw():
+        noise = torch.randn(48, 40, generator=generator) * torch.tensor([0.3, 6.0]).repeat_interleave(20)
+        return noise + nn.functional.pad(centres, (0, 20))
+
+    def scores(inputs):
+        z = embed(inputs)
+        z = nn.functional.normalize(z, dim=-1) if unit else z
+        return (z @ z.T)[others].reshape(48, 47)
+
+    test, found = draw(), []
+    for step in range(steps + 1):
+        if step % 200 == 0:
+            found.append(recall_at(scores(test), relevant, 1).item())
+        optimizer.zero_grad()
+        recall_loss(scores(draw()), relevant, grad=strategy).backward()
+        optimizer.step()
+    return found
+
+
+def test_ranking_trains_behind_the_projection_and_not_without():
+    assert train(Identity(), 200, lr=0.02, unit=False)[-1] > 0.9
+    assert train(Identity("none"), 200, lr=0.02, unit=False)[-1] < 0.4
+
+
+@pytest.mark.slow
+def test_ranking_degrades_without_a_projection_even_where_embeddings_are_unit_vectors():
+    assert min(train(Identity(), 1000, lr=0.1, unit=True)[1:]) > 0.97
+    assert min(train(Identity("norm"), 1000, lr=0.1, unit=True)[1:]) > 0.97
+    bare = train(Identity("none"), 1000, lr=0.1, unit=True)
+    assert bare[1] > 0.9  # it learns at first,
+    assert bare[-1] < 0.7  # and then unlearns
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s, r: recall_loss(s, r.float()), "relevant: got torch.float32, wanted torch.bool"),
+        (lambda s, r: average_precision_loss(s, r[:, :2]), r"relevant: got shape \(30, 2\), wanted \(30, 12\)"),
+        (lambda s, r: recall_loss(s, r & False), "relevant: got not one relevant element"),
+        (lambda s, r: recall_at(s, r, 13), "k: got 13, wanted 1 to 12"),
+        (lambda s, r: recall_loss(s * torch.nan, r), "cost: got NaN"),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*batch())
