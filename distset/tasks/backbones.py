@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distset.sets import Chunk, ChunkedSet
 from distset.train import World
 
-__all__ = ["Pixels", "Standardise", "cnn", "external", "mlp", "standardise"]
+__all__ = ["Pixels", "Standardise", "auto", "cnn", "external", "mlp", "standardise"]
 
 
 class Pixels(nn.Module):
@@ -77,6 +77,11 @@ class _Moments(NamedTuple):
 def _moments(chunk: Chunk) -> _Moments:
     x = chunk.elements.double()
     return _Moments(torch.tensor([float(chunk.size)], dtype=torch.float64), x.sum(0), x.square().sum(0))
+
+
+def auto(shape: Sequence[int]) -> nn.Module:
+    """`cnn` for images, `mlp` for vectors."""
+    return cnn(shape) if len(shape) == 3 else mlp(shape)
 
 
 def standardise(shape: Sequence[int]) -> nn.Module:

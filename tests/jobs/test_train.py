@@ -34,7 +34,7 @@ SMALL = (
     "plan.batch=4",
     "plan.epochs=1",
 )
-TINY = ("model.width=8", "model.slots=2", "model.heads=2", "backbone.widths=[4]", "backbone.dim=8")
+TINY = ("model.width=8", "model.slots=2", "model.heads=2", "backbone=cnn", "backbone.widths=[4]", "backbone.dim=8")
 
 
 @pytest.fixture
