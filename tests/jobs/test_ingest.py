@@ -17,6 +17,7 @@ import torch
 
 from distset.data import Store
 from jobs import ingest
+from jobs._common import check_overrides
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,3 +148,28 @@ def test_the_command_goes_on_after_a_kill(tmp_path):
     assert all((cut / name).read_bytes() == (whole / name).read_bytes() for name in names)
     assert json.loads((cut / "store.json").read_text())["num_sets"] == 60
     assert os.path.getsize(cut / "shards" / "part-00000.parquet") > 2**28
+
+
+def commands_of_the_documentation():
+    for line in (ROOT / "docs" / "store.md").read_text().splitlines():
+        if line.startswith("| ") and "source=" in line:
+            yield [word for part in line.split("`")[1::2] for word in part.split() if "=" in word and not word.endswith("=")]
+
+
+@pytest.mark.parametrize("words", commands_of_the_documentation(), ids=lambda words: words[0])
+def test_commands_of_the_documentation_are_known(words):
+    assert words[0].startswith("source=")
+    check_overrides("ingest", words)
+
+
+def test_the_bar_shows_sets_and_elements_a_second(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = ingest.Progress(show=True)
+    progress(2, 5, 0)
+    for done in (3, 4, 5):
+        progress(done, 5, 1000)
+    progress.close()
+    out, err = capsys.readouterr()
+    assert out == "2 of 5 sets are there already\n"
+    assert "5/5" in err
+    assert "elements/s" in err
