@@ -1,9 +1,10 @@
 """The verb `expect` and the gradients through a k-subset it may use."""
 
 from distset.expect.baselines import Baseline, LeaveOneOut, NoBaseline, Past, Ridge, Tangent
+from distset.expect.estimator import Estimator, describe
 from distset.expect.rivals import IMLE, NCPSS, AdaptiveTarget, FixedTarget, GumbelSoftmax, Simple, StraightThrough
 from distset.expect.score import ScoreFunction
-from distset.expect.verb import Estimator, describe, expect
+from distset.expect.verb import expect
 
 __all__ = [
     "IMLE", "NCPSS", "AdaptiveTarget", "Baseline", "Estimator", "FixedTarget", "GumbelSoftmax", "LeaveOneOut", "NoBaseline",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distset.expect.verb import Estimator, Function
+from distset.expect.estimator import Estimator, Function
 from distset.noise import Noise, SumOfGamma
 from distset.subsets import KSubset, relaxed_top_k
 from distset.subsets.gumbel import perturbed, top_k

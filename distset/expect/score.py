@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distset.expect.baselines import Baseline, Ridge, Samples
-from distset.expect.verb import Estimator, Function, attach_gradient, check_samples
+from distset.expect.estimator import Estimator, Function, attach_gradient, check_samples
 from distset.subsets import KSubset
 
 __all__ = ["ScoreFunction", "score_gradient"]
