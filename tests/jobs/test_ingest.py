@@ -17,7 +17,7 @@ import torch
 
 from distset.data import Store
 from jobs import ingest
-from jobs._common import check_overrides
+from jobs._overrides import check_overrides
 
 ROOT = Path(__file__).parents[2]
 

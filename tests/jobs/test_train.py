@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from distset.data import Bag, Split, StoreWriter
 from distset.runs import RunFolder
 from jobs import train
-from jobs._common import CONF, check_overrides
+from jobs._overrides import CONF, check_overrides
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
