@@ -112,6 +112,17 @@ def test_images_go_through_a_cnn_inside_the_encoder():
     assert first.weight.grad.abs().max() > 0
 
 
+def test_dihedral_shows_each_image_one_of_its_eight_views():
+    square = torch.arange(9.0).view(1, 1, 3, 3).expand(400, 1, 3, 3)
+    turn = backbones.Dihedral()
+    views = {tuple(view.flatten().tolist()) for view in turn(square)}
+    want = {
+        tuple(torch.rot90(flip, k, (0, 1)).flatten().tolist()) for flip in (square[0, 0], square[0, 0].T) for k in range(4)
+    }
+    assert views == want
+    assert torch.equal(turn.eval()(square), square)
+
+
 def test_initial_weights_follow_the_seed_and_leave_the_default_generator_alone():
     def make(seed: int) -> torch.Tensor:
         spec = {"_target_": "distset.tasks.bag_models.umbc", "slots": 2, "width": 8, "heads": 2}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distset.sets import Chunk, ChunkedSet
 from distset.train import World
 
-__all__ = ["Pixels", "Standardise", "auto", "cnn", "external", "mlp", "standardise"]
+__all__ = ["Dihedral", "Pixels", "Standardise", "auto", "cnn", "external", "mlp", "standardise"]
 
 
 class Pixels(nn.Module):
@@ -95,23 +95,49 @@ def mlp(shape: Sequence[int], *, width: int = 128, dropout: float = 0.0) -> nn.M
     return nn.Sequential(Standardise(dim), nn.Linear(dim, width), nn.ReLU(), nn.Dropout(dropout))
 
 
-def cnn(shape: Sequence[int], *, widths: Sequence[int] = (16, 32), dim: int = 64, dropout: float = 0.0) -> nn.Module:
+def cnn(
+    shape: Sequence[int],
+    *,
+    widths: Sequence[int] = (16, 32),
+    dim: int = 64,
+    dropout: float = 0.0,
+    group_norm: bool = True,
+    dihedral: bool = False,
+) -> nn.Module:
     """A small convolutional network for small images: blocks of 3x3 convolution, GroupNorm, ReLU and 2x2 pooling.
 
     Args:
         shape: ``(channels, height, width)``, bytes.
         widths: channels of each block; each halves the image.
         dim: width of the features.
+        group_norm: off where the level of a colour tells something, as with stains.
+        dihedral: turn and mirror each training image at random, for images without an upright side.
     """
     channels, height, width = _image(shape)
     if min(height, width) >> len(widths) == 0:
         raise ValueError(f"widths: got {len(widths)} blocks, too many halvings for images of {height} x {width}")
-    layers: list[nn.Module] = [Pixels(channels)]
+    layers: list[nn.Module] = [Pixels(channels), *([Dihedral()] if dihedral else [])]
     for before, after in zip([channels, *widths], widths):
-        layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(min(4, after), after), nn.ReLU(), nn.MaxPool2d(2)]
+        norm = [nn.GroupNorm(min(4, after), after)] if group_norm else []
+        layers += [nn.Conv2d(before, after, 3, padding=1), *norm, nn.ReLU(), nn.MaxPool2d(2)]
     flat = widths[-1] * (height >> len(widths)) * (width >> len(widths))
     layers += [nn.Flatten(), nn.Dropout(dropout), nn.Linear(flat, dim), nn.ReLU()]
     return nn.Sequential(*layers)
+
+
+class Dihedral(nn.Module):
+    """One of the eight turns and mirrorings of the square for each image, while training.
+
+    It draws from torch's default generators, which `encode_set` seeds for each chunk, so a replayed chunk sees the same.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.training:
+            return images
+        which = torch.randint(8, (len(images), 1, 1, 1), device=images.device)
+        images = torch.where(which % 2 == 1, images.flip(-1), images)
+        images = torch.where(which // 2 % 2 == 1, images.flip(-2), images)
+        return torch.where(which >= 4, images.mT, images) if images.shape[-1] == images.shape[-2] else images
 
 
 def external(
