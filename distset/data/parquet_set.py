@@ -6,6 +6,7 @@ import mmap
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from copy import copy
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +25,7 @@ from distset.sets import Chunk, ChunkedSet, chunk_bounds
 
 __all__ = ["ParquetSet", "SetRecord"]
 
+AHEAD_BYTES = 2**18  # chunks smaller than this are read sooner than a thread is told to
 DECODERS = 4  # threads that decode images; Pillow decodes outside of the interpreter's lock
 
 
@@ -97,8 +99,7 @@ class ParquetSet(ChunkedSet):
 
     def map(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Iterator[Any]:
         ids = range(self.num_chunks) if ids is None else ids
-        chunks = self._ahead(ids) if self.prefetch and (len(ids) > 1 or self.encoding == "files") else map(self.chunk, ids)
-        for chunk in chunks:
+        for chunk in self._ahead(ids) if self._reads_ahead(len(ids)) else map(self.chunk, ids):
             yield fn(chunk, *args)
 
     def coords(self) -> Tensor | None:
@@ -121,11 +122,19 @@ class ParquetSet(ChunkedSet):
     def _integers(self, name: str) -> Tensor:
         return torch.from_numpy(self._columns([name]).column(name).to_numpy().astype(np.int64))
 
+    def _reads_ahead(self, chunks: int) -> bool:
+        if self.encoding == "files":
+            return self.prefetch
+        return (
+            self.prefetch and chunks > 1 and max(self.sizes) * element_bytes(self.dtype, self.element_shape) >= AHEAD_BYTES
+        )
+
     def _ahead(self, ids: Sequence[int]) -> Iterator[Chunk]:
         """The chunks, one brought in ahead of the one that is out."""
-        decoders = DECODERS if self.encoding == "files" else 0
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(max(decoders, 1)) as pool:
-            yield from _one_ahead(reader, lambda i: self._read(i, pool if decoders else None, touch=True), ids)
+        with ExitStack() as threads:
+            reader = threads.enter_context(ThreadPoolExecutor(1))
+            decoders = threads.enter_context(ThreadPoolExecutor(DECODERS)) if self.encoding == "files" else None
+            yield from _one_ahead(reader, lambda i: self._read(i, decoders, touch=True), ids)
 
     def _read(self, index: int, pool: Executor | None, *, touch: bool = False) -> Chunk:
         start, stop = self.bounds[index], self.bounds[index + 1]

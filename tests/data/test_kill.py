@@ -28,7 +28,6 @@ class Numbers:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # for the failure of a machine, not of a process
     whole = StoreWriter.__init__
     monkeypatch.setattr(StoreWriter, "__init__", lambda self, *a, **k: whole(self, *a, **{**k, "shard_bytes": 3000}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from distset import UMBC, Exact, InMemory, encode_set
-from distset.data import Bag, Labelled, Store, StoreWriter, gaussian_bags, write_store
+from distset.data import Bag, Labelled, Store, StoreWriter, gaussian_bags, parquet_set, write_store
 from distset.data.schema import DTYPES
 
 
@@ -32,6 +33,13 @@ def bits(x):
     return x.contiguous().flatten().view(torch.uint8)
 
 
+@pytest.fixture(params=[0, 2**40], ids=["ahead", "when asked"])
+def reading(request, monkeypatch):
+    """Chunks are read ahead by a thread, or when they are asked for."""
+    monkeypatch.setattr(parquet_set, "AHEAD_BYTES", request.param)
+
+
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (5,), (512,), (1, 8, 8), (3, 5, 4)])
 def test_chunks_equal_those_of_the_same_rows_in_memory(tmp_path, dtype, shape):
@@ -48,13 +56,13 @@ def test_chunks_equal_those_of_the_same_rows_in_memory(tmp_path, dtype, shape):
             assert torch.equal(bits(ours.elements), bits(theirs.elements))
 
 
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("prefetch", [True, False])
-def test_encoding_and_gradient_have_the_bits_of_memory(tmp_path, dtype, prefetch):
+def test_encoding_and_gradient_have_the_bits_of_memory(tmp_path, dtype):
     x = rows_of(1000, (12,), dtype) / 40
     torch.manual_seed(0)
     encoder = UMBC(dim=12, slots=4, heads=2)
-    disk = stored(tmp_path, x, group_rows=256).open("a", 100, prefetch=prefetch)
+    disk = stored(tmp_path, x, group_rows=256).open("a", 100)
     memory = InMemory(x[disk.rows()], 100, name="a")
     found = []
     for source in (disk, memory):
@@ -65,6 +73,7 @@ def test_encoding_and_gradient_have_the_bits_of_memory(tmp_path, dtype, prefetch
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.usefixtures("reading")
 def test_only_the_asked_chunks_are_given(tmp_path):
     disk = stored(tmp_path, rows_of(50, (3,), "float32")).open("a", 8)
     assert list(disk.map(lambda c: (c.id, c.start), ids=[1, 4, 6])) == [(1, 8), (4, 32), (6, 48)]
@@ -109,6 +118,17 @@ def test_elements_lie_aligned_in_one_block_that_any_parquet_reader_reads(tmp_pat
         table = pq.read_table(tmp_path / record.file, filters=[("set_id", "==", set_id)])
         plain = np.stack([np.frombuffer(row, np.float32) for row in table["feature"].to_pylist()])
         assert np.array_equal(plain, store.open(set_id).chunk(0).elements.numpy())
+
+
+def test_a_sweep_that_is_given_up_leaves_no_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_set, "AHEAD_BYTES", 0)
+    bag = stored(tmp_path, rows_of(50, (3,), "float32")).open("a", 5)
+    before = threading.active_count()
+    sweep = bag.map(lambda c: c.id)
+    assert next(sweep) == 0
+    assert threading.active_count() == before + 1
+    sweep.close()
+    assert threading.active_count() == before
 
 
 def test_a_set_can_be_pickled(tmp_path):
@@ -160,6 +180,7 @@ def test_the_index_knows_labels_cases_and_what_the_reader_said(tmp_path):
         store.labels(store.ids)
 
 
+@pytest.mark.usefixtures("reading")
 def test_memory_does_not_grow_with_the_set(tmp_path):
     """Views of the file go with their chunk: the mappings that stand are those of the chunks in use."""
     bag = stored(tmp_path, rows_of(4000, (64,), "float32"), group_rows=500).open("a", 100)
