@@ -250,7 +250,7 @@ def _start(utility: SumUtility, offer: ChunkedSet, samples: int, seed: int, *, h
 
 def _sweep(offer: ChunkedSet) -> Exact | Full:
     """One chunk in memory needs no replay: its graph is as large as the replay's would be."""
-    return Full() if isinstance(offer, InMemory) and offer.num_chunks == 1 else Exact()
+    return Full() if type(offer) is InMemory and offer.num_chunks == 1 else Exact()
 
 
 def _check_chosen(chosen: Tensor, size: int) -> None:

@@ -81,6 +81,16 @@ def test_chunks_give_the_mean_field_in_memory_and_its_gradient(smooth, context, 
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 
 
+def test_one_chunk_in_memory_needs_no_replay_and_has_the_same_gradient():
+    utility, elements = make()
+    found = []
+    for kind in (InMemory, Travelling):  # only the first one keeps the chunk's graph
+        offer = kind(elements)
+        loss = offer_loss(utility, offer, solve_offer(utility, offer), torch.tensor([3]))
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(utility.parameters()))]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
+
+
 def test_the_implicit_gradient_in_chunks_is_the_derivative():
     utility, elements = make()
     offer, chosen = InMemory(elements, chunk_size=11), torch.tensor([0, 5])
