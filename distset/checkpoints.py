@@ -8,15 +8,15 @@ strings, loaded without unpickling code.
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Checkpoints", "check_weights", "read_state", "write_atomically"]
+from distset.files import draft_for, publish
+
+__all__ = ["Checkpoints", "check_weights", "read_state"]
 
 FORMAT = 1
 
@@ -52,28 +52,9 @@ class Checkpoints:
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         path = self.folder / name / "state.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save(state, file))
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
-    """Call ``write`` on a file beside ``path`` and rename it into place once it is on disk.
-
-    Whoever reads ``path`` meets the old content or the new one, whenever the writer is killed.
-    """
-    path = Path(path)
-    # A name of its own: a writer that was thought dead must not write into the same draft.
-    descriptor, beside = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
-    with os.fdopen(descriptor, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        draft = draft_for(path)
+        torch.save(state, draft)
+        publish(draft, path)
 
 
 def read_state(source: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> dict[str, Any]:

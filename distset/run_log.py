@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
-from distset.checkpoints import write_atomically
+from distset.files import write_atomically
 from distset.train import Record, Watch
 
 __all__ = ["RunLog", "log"]
@@ -51,7 +51,7 @@ class RunLog(Watch):
         if step:
             log.info("goes on at step %d of %d", step, total)
         self._metrics = self.folder / "metrics.jsonl"
-        write_atomically(self._metrics, lambda file: file.write("".join(map(_line, history)).encode()))
+        write_atomically(self._metrics, "".join(map(_line, history)))
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(str(self.folder / "tensorboard"))
         for record in history:

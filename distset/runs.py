@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from distset.build import build
-from distset.checkpoints import check_weights, read_state, write_atomically
+from distset.checkpoints import check_weights, read_state
 from distset.data import Split, Store
+from distset.files import write_atomically
 from distset.tasks.bags import BagTask
 
 __all__ = ["RunFolder", "make_task"]
@@ -77,9 +78,9 @@ class RunFolder:
             return run
         path.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
-        _write(path / "versions.json", json.dumps(versions, indent=2) + "\n")
-        _write(path / "README.md", README.format(name=path))
-        _write(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        write_atomically(path / "versions.json", json.dumps(versions, indent=2) + "\n")
+        write_atomically(path / "README.md", README.format(name=path))
+        write_atomically(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         return cls(path)
 
     @property
@@ -170,7 +171,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import io
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from pyarrow import fs
 
-from distset.checkpoints import Checkpoints, read_state, write_atomically
+from distset.checkpoints import Checkpoints, read_state
+from distset.files import write_atomically
 
 __all__ = ["StorageCheckpoints"]
 
@@ -45,9 +44,8 @@ class StorageCheckpoints(Checkpoints):
         """Copy last and best to a local folder."""
         filesystem, root = self._open()
         for name in ("last", "best"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
             with filesystem.open_input_stream(f"{root}/{name}/state.pt") as file:
-                write_atomically(folder / name / "state.pt", functools.partial(shutil.copyfileobj, file))
+                write_atomically(folder / name / "state.pt", file.read())
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         filesystem, root = self._open()

@@ -31,7 +31,11 @@ class Process(Protocol):
 
 
 def start_ray(cluster: Cluster) -> None:
-    """Connect to the cluster's Ray or start one here, without its chatter; nothing where one is connected."""
+    """Connect to the cluster's Ray or start one here, without its chatter; nothing where one is connected.
+
+    Raises:
+        ValueError: for GPUs that this machine has not; a cluster may still get them.
+    """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -41,6 +45,13 @@ def start_ray(cluster: Cluster) -> None:
     else:
         cores = max(os.cpu_count() or 1, cluster.workers * cluster.cpus)
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+        found = int(ray.cluster_resources().get("GPU", 0))
+        if cluster.gpu and found < cluster.workers:
+            ray.shutdown()
+            raise ValueError(
+                f"cluster.gpu: got {cluster.workers} workers with a GPU each, this machine has {found}; set cluster.gpu to "
+                f"false, lower cluster.workers, or name a cluster (cluster.address)"
+            )
 
 
 def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = None) -> Any:
@@ -76,7 +87,7 @@ def _trainer(process: Process, mailbox: Any, cluster: Cluster, storage: str) -> 
     return TorchTrainer(
         _work,  # type: ignore[arg-type]  # may return a value, says the documentation of Result.return_value
         train_loop_config={"process": process, "mailbox": mailbox},
-        torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo"),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus}
         ),
@@ -93,8 +104,6 @@ def _work(job: dict[str, Any]) -> Any:
     mailbox, device, context = job["mailbox"], ray.train.torch.get_device(), ray.train.get_context()
     if ray.get(mailbox.failed.remote()):
         return None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     rank = context.get_world_rank()
     watch = _Reporting(mailbox) if rank == 0 else _Reporting(None)
     try:

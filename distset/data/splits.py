@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from distset.data.files import write_atomically
+from distset.files import write_atomically
 from distset.seeds import seed_for
 
 __all__ = ["Split", "SplitPlan", "check_split", "hold_out", "load_splits", "make_splits", "save_splits"]

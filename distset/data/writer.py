@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distset.data import schema
 from distset.data.bag import Bag, dtype_name, raw_rows
-from distset.data.files import publish, sole_writer, write_atomically
+from distset.files import publish, sole_writer, write_atomically
 from distset.data.images import image_shape
 from distset.data.labels import Labelled
 from distset.data.schema import DTYPES, StoreInfo, element_bytes

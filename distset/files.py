@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["publish", "sole_writer", "write_atomically"]
+__all__ = ["draft_for", "publish", "sole_writer", "write_atomically"]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write ``content`` beside ``path``, flush it to the disk, then move it into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".tmp")
+    draft = draft_for(path)
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
     publish(draft, path)
+
+
+def draft_for(path: Path) -> Path:
+    """A new file beside ``path``, named like nobody else's: a writer thought dead must not write into the same draft."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
+    os.fchmod(descriptor, 0o666 & ~_umask())  # as open() would have made it; mkstemp's is for its owner alone
+    os.close(descriptor)
+    return Path(name)
 
 
 def publish(draft: Path, path: Path) -> None:
@@ -40,6 +49,12 @@ def sole_writer(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"{folder.parent}: another process is writing this store; wait for it, or stop it") from error
         yield
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:
