@@ -18,6 +18,7 @@ Shapes: ``*`` batch of offers, ``N`` elements of a chunk, ``M`` draws, ``D`` wid
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -26,13 +27,28 @@ from torch.nn import functional as F
 
 from distset.encode import Exact, Full, encode_set
 from distset.encoders import ChunkEncoder
-from distset.fixed_point import Anderson, Implicit, Iteration, OneStep, Solution, Stop, Unrolled, fixed_point
+from distset.fixed_point import (
+    Anderson,
+    FixedPointWarning,
+    Implicit,
+    Iteration,
+    OneStep,
+    Solution,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
 from distset.gains import real_dtype, soft_subset
 from distset.krylov import Dense
 from distset.seeds import generator_for
 from distset.set_functions import SumUtility
 from distset.sets import Chunk, ChunkedSet, InMemory
 from distset.states import Sum
+
+UNSOLVED = (
+    "solve_offer: the own equation of some elements has no solution that was found, given the sums: an element alone moves "
+    "the utility too much. Raise the temperature, scale the codes down (by 1 / N for a plain sum), or use float64"
+)
 
 __all__ = ["Field", "first_field", "offer_logits", "offer_loss", "solve_offer"]
 
@@ -183,8 +199,10 @@ class _Elements(ChunkEncoder):
         # difference of two utilities, so it is known to their rounding and no better.
         size = float(self.utility.of_sums(sums, total).detach().abs().max())
         stop = Stop(30, atol=32 * torch.finfo(h_ND.dtype).eps * (1 + size), rtol=0.0)
-        logits = fixed_point(own, start, grad=Implicit(Dense()), iteration=Anderson(1), stop=stop, event_ndim=0).value
-        return h_ND, logits, soft_subset(logits, normal, chunk.mask)
+        solution = Implicit(Dense()).solve(own, start, Anderson(1), stop, 0)
+        if not bool(solution.converged.all()):
+            warnings.warn(UNSOLVED, FixedPointWarning, stacklevel=2)  # one text, so that a million chunks say it once
+        return h_ND, solution.value, soft_subset(solution.value, normal, chunk.mask)
 
     def _logits(self, h_ND: Tensor, sums: Tensor, inside: Tensor, total: Tensor | None) -> Tensor:
         return self.utility.gains_of_sums(h_ND, sums, inside, total).mean(-2) / self.temperature

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -164,6 +165,16 @@ def test_a_set_that_lies_elsewhere_gives_the_same_bits():
         loss = offer_loss(utility, offer, field, torch.tensor([3]))
         results.append([field.sums.detach(), loss.detach(), *torch.autograd.grad(loss, list(utility.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_elements_whose_own_equation_has_no_solution_are_said_once(monkeypatch):
+    utility, elements = make()
+    monkeypatch.setattr("distset.large_offers.Stop", lambda *_, **__: Stop(max_steps=1, atol=0.0, rtol=0.0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        field = solve_offer(utility, InMemory(elements, chunk_size=3), stop=Stop(max_steps=3))
+    assert sum("own equation of some elements" in str(w.message) for w in said) == 1
+    assert field.sums.isfinite().all()
 
 
 OFFER = InMemory(torch.randn(20, 3), chunk_size=8)
