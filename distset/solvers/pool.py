@@ -30,6 +30,8 @@ from distset.solvers.base import Solved, Solver, Status, TimeLimit, as_solver
 __all__ = ["LocalPool", "Pooled"]
 
 CHUNK_SECONDS = 0.05  # chunks of about this long are small enough to even out unequal instances
+CHECK_EVERY = 50  # of the calls that are worth workers, one in so many is solved and timed in process
+FORGET = 0.02
 
 
 class Answer(NamedTuple):
@@ -87,7 +89,7 @@ class Pooled(Solver):
         self.nonnegative, self.scale_free = self.solver.nonnegative, self.solver.scale_free
         self.pooled_calls = 0
         self._paces: dict[tuple[int, ...], Pace] = {}
-        self._overhead, self._missed = self.overhead, 0.0
+        self._overhead, self._missed, self._turn = self.overhead, 0.0, 0
 
     # What the workers are
 
@@ -176,9 +178,13 @@ class Pooled(Solver):
         alone = pace.seconds * len(costs)
         saved = alone - (alone / self.workers + self._overhead)
         if saved < 0.1 * alone:
+            # What a call cost while the machine was busy is forgotten slowly.
+            self._overhead += FORGET * (self.overhead - self._overhead)
             return False
         self._missed += saved
-        return self.pooled_calls > 0 or self._missed > self.startup
+        # Now and then in process again: what an instance takes is measured there alone, for workers slow each other down.
+        self._turn += 1
+        return self._missed > self.startup and self._turn % CHECK_EVERY > 0
 
     def _chunk(self, costs: np.ndarray) -> int:
         """Instances a chunk: one chunk a worker, or more where they take long and unequally so."""
@@ -197,12 +203,11 @@ class Pooled(Solver):
             self.close()  # what is still running answers nobody
             raise
         self.pooled_calls += 1
-        busy = sum(answer.seconds for answer in answers)
-        self._learn(costs, busy / len(costs))
+        pace = self._paces.get(costs.shape[1:])
         # The first call starts the workers, which says nothing of the next ones.
-        if self.pooled_calls > 1:
-            over = max(time.perf_counter() - start - busy / self.workers, 0.0)
-            self._overhead = 0.7 * self._overhead + 0.3 * over
+        if self.pooled_calls > 1 and pace is not None:
+            over = time.perf_counter() - start - pace.seconds * len(costs) / self.workers
+            self._overhead = 0.7 * self._overhead + 0.3 * max(over, 0.0)
         solved = [answer.solved for answer in answers if answer.solved is not None]
         return Solved(*(np.concatenate(arrays) for arrays in zip(*solved)))
 

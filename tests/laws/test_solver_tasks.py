@@ -121,9 +121,8 @@ def test_terrain_paths_cost_within_a_hundredth_of_the_best(strategy, most):
 
 @pytest.mark.slow
 def test_globe_tours_with_noise_are_better_than_bare(flags):
-    """Small budget; the published 99.7 % take more epochs."""
-    noisy = globe_tsp.train(flags, Identity(margin=TwoPoint(0.2)), examples=4000, epochs=8)
-    bare = globe_tsp.train(flags, Identity("none"), examples=4000, epochs=8)
-    print("noise", noisy.accuracy, noisy.cost_norm, "bare", bare.accuracy, bare.cost_norm)
-    assert noisy.accuracy[-1] > 0.9
-    assert bare.accuracy[-1] < noisy.accuracy[-1] - 0.2
+    """400 steps: far from the published 99.7 %, and enough to tell them apart."""
+    noisy = globe_tsp.train(flags, Identity(margin=TwoPoint(0.2)), examples=2000, epochs=10)
+    bare = globe_tsp.train(flags, Identity("none"), examples=2000, epochs=10)
+    assert noisy.accuracy[-1] > 0.55
+    assert bare.accuracy[-1] < 0.45
