@@ -83,7 +83,8 @@ class Plan(NamedTuple):
         evaluate_every: steps between evaluations; None for once an epoch.
         checkpoint_every: steps between checkpoints; None for once an epoch. The last step always has one.
         monitor: the validation metric that picks the best weights; lower is better for ``loss`` and names that end in
-            ``loss`` or ``error``, higher for all others.
+            ``loss`` or ``error``, higher for all others. None keeps the last weights, for validation sets too few to
+            choose by.
         patience: stop after this many evaluations without a better one; None for never.
         precision: ``"float32"`` (the model's own precision) or ``"bfloat16"`` autocast.
     """
@@ -94,7 +95,7 @@ class Plan(NamedTuple):
     log_every: int = 10
     evaluate_every: int | None = None
     checkpoint_every: int | None = None
-    monitor: str = "loss"
+    monitor: str | None = "loss"
     patience: int | None = None
     precision: str = "float32"
 
@@ -110,10 +111,12 @@ class Plan(NamedTuple):
             raise ValueError("train: got no training sets, wanted at least one; is the split empty?")
         if self.patience is not None and valid < 1:
             raise ValueError("patience: got no validation sets to watch; give some, or set patience to None")
+        if self.patience is not None and self.monitor is None:
+            raise ValueError("patience: got no monitor to be patient with; name a metric, or set patience to None")
 
     @property
     def minimise(self) -> bool:
-        return self.monitor.endswith(("loss", "error"))
+        return self.monitor is not None and self.monitor.endswith(("loss", "error"))
 
     def steps(self, size: int) -> int:
         """Steps of the whole run over ``size`` training sets; the last batch of an epoch may be smaller."""
@@ -322,18 +325,22 @@ class _Loop:
         if not len(self.valid) or not self.due(self.plan.evaluate_every):
             return None
         metrics = self.task.metrics(*predict_all(self.task, self.valid, precision=self.plan.precision))
-        if self.plan.monitor not in metrics:
-            hint = nearest(self.plan.monitor, metrics)
-            raise ValueError(f"monitor: got {self.plan.monitor!r}, which the task does not measure; {hint}")
-        value = metrics[self.plan.monitor]
+        if self.plan.monitor is not None:
+            self._choose(self.plan.monitor, metrics)
+        return self._record({f"val/{name}": figure for name, figure in metrics.items()})
+
+    def _choose(self, monitor: str, metrics: dict[str, float]) -> None:
+        if monitor not in metrics:
+            hint = nearest(monitor, metrics)
+            raise ValueError(f"monitor: got {monitor!r}, which the task does not measure; {hint}")
+        value = metrics[monitor]
         if math.isnan(value):
-            raise ValueError(f"monitor: {self.plan.monitor} of the validation sets is nan; do they hold every class?")
+            raise ValueError(f"monitor: {monitor} of the validation sets is nan; do they hold every class?")
         if self.best is None or (value < self.best["value"] if self.plan.minimise else value > self.best["value"]):
             self.best, self.bad = self.weights(value), 0
         else:
             self.bad += 1
             self.stopped = self.plan.patience is not None and self.bad >= self.plan.patience
-        return self._record({f"val/{name}": figure for name, figure in metrics.items()})
 
     def weights(self, value: float) -> dict[str, Any]:
         model = {name: t.detach().to("cpu", copy=True) for name, t in self.task.model.state_dict().items()}

@@ -115,6 +115,17 @@ def test_deepsets_learns_and_stops_early():
     assert fitted.best["step"] == fitted.step - 3 * 3
 
 
+def test_without_a_monitor_the_last_weights_stay(tmp_path):
+    bags, task = make_bags(8), make_task()
+    fitted = fit(task, bags[:4], bags[4:], plan=Plan(epochs=3, batch=2, monitor=None), checkpoints=Checkpoints(tmp_path))
+    assert fitted.best["step"] == fitted.step == 6
+    for name, weight in task.model.state_dict().items():
+        assert torch.equal(fitted.best["model"][name], weight)
+    assert (tmp_path / "best" / "state.pt").exists()
+    with pytest.raises(ValueError, match="patience: got no monitor"):
+        fit(task, bags[:4], bags[4:], plan=Plan(monitor=None, patience=1))
+
+
 def test_foreign_checkpoints_are_refused(tmp_path):
     bags = make_bags(4)
     plan = Plan(epochs=1, batch=2)
