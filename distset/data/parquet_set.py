@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from copy import copy
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,6 @@ from distset.sets import Chunk, ChunkedSet, chunk_bounds
 
 __all__ = ["ParquetSet", "SetRecord"]
 
-AHEAD_BYTES = 2**18  # chunks smaller than this are read sooner than a thread is told to
 DECODERS = 4  # threads that decode images; Pillow decodes outside of the interpreter's lock
 
 
@@ -65,7 +64,8 @@ class ParquetSet(ChunkedSet):
         record: the set's line in the index.
         dtype, shape, encoding: of its elements, as in `StoreInfo`.
         chunk_size: elements a chunk; all in one if None.
-        prefetch: bring the next chunk in from a background thread while this one is worked on.
+        prefetch: bring the next chunk in while this one is worked on: raw elements by telling the kernel to, images by
+            decoding them in background threads.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ParquetSet(ChunkedSet):
 
     def chunk(self, index: int) -> Chunk:
         """Chunk ``index``."""
-        return self._read(index, None)
+        return self._read(index)
 
     def coarser(self, factor: int) -> ParquetSet:
         merged = copy(self)
@@ -99,7 +99,7 @@ class ParquetSet(ChunkedSet):
 
     def map(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Iterator[Any]:
         ids = range(self.num_chunks) if ids is None else ids
-        for chunk in self._ahead(ids) if self._reads_ahead(len(ids)) else map(self.chunk, ids):
+        for chunk in (self._decoded if self.encoding == "files" else self._mapped)(ids):
             yield fn(chunk, *args)
 
     def coords(self) -> Tensor | None:
@@ -122,40 +122,48 @@ class ParquetSet(ChunkedSet):
     def _integers(self, name: str) -> Tensor:
         return torch.from_numpy(self._columns([name]).column(name).to_numpy().astype(np.int64))
 
-    def _reads_ahead(self, chunks: int) -> bool:
-        if self.encoding == "files":
-            return self.prefetch
-        return (
-            self.prefetch and chunks > 1 and max(self.sizes) * element_bytes(self.dtype, self.element_shape) >= AHEAD_BYTES
-        )
+    def _mapped(self, ids: Sequence[int]) -> Iterator[Chunk]:
+        for number, i in enumerate(ids):
+            if self.prefetch and number + 1 < len(ids):
+                self._announce(ids[number + 1])
+            yield self._read(i)
 
-    def _ahead(self, ids: Sequence[int]) -> Iterator[Chunk]:
-        """The chunks, one brought in ahead of the one that is out."""
-        with ExitStack() as threads:
-            reader = threads.enter_context(ThreadPoolExecutor(1))
-            decoders = threads.enter_context(ThreadPoolExecutor(DECODERS)) if self.encoding == "files" else None
-            yield from _one_ahead(reader, lambda i: self._read(i, decoders, touch=True), ids)
+    def _decoded(self, ids: Sequence[int]) -> Iterator[Chunk]:
+        if not self.prefetch:
+            yield from map(self._read, ids)
+            return
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(DECODERS) as decoders:
+            yield from _one_ahead(reader, lambda i: self._read(i, decoders), ids)
 
-    def _read(self, index: int, pool: Executor | None, *, touch: bool = False) -> Chunk:
+    def _read(self, index: int, decoders: Executor | None = None) -> Chunk:
         start, stop = self.bounds[index], self.bounds[index + 1]
         if self.encoding == "files":
-            elements = decode(self._images(start, stop), f"set {self.name!r}", pool)
+            elements = decode(self._images(start, stop), f"set {self.name!r}", decoders)
         else:
-            elements = self._raw(start, stop, touch)
+            elements = self._raw(start, stop)
         return Chunk(elements, None, index, start, self.element_ndim)
 
-    def _raw(self, start: int, stop: int, touch: bool) -> Tensor:
+    def _raw(self, start: int, stop: int) -> Tensor:
         """Rows as they lie in the file; a copy only where they span row groups."""
-        width = element_bytes(self.dtype, self.element_shape)
-        parts = []
         with open(self.root / self.record.file, "rb") as file:
-            for number, first, last in self.record.groups(start, stop):
-                offset = self.record.offsets[number] + first * width
-                parts.append(_map_bytes(file.fileno(), offset, (last - first) * width, touch))
+            parts = [_map_bytes(file.fileno(), *block) for block in self._blocks(start, stop)]
         raw = parts[0] if len(parts) == 1 else torch.cat(parts)
         if raw.data_ptr() % DTYPES[self.dtype].itemsize:  # a file whose writer could not align its elements
             raw = raw.clone()
         return raw.view(DTYPES[self.dtype]).view(stop - start, *self.element_shape)
+
+    def _announce(self, index: int) -> None:
+        """Tell the kernel to read a chunk from the disk, which it does while this process works on."""
+        if hasattr(os, "posix_fadvise"):
+            with open(self.root / self.record.file, "rb") as file:
+                for offset, length in self._blocks(self.bounds[index], self.bounds[index + 1]):
+                    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Offset and length in bytes of raw rows in the file, one block a row group."""
+        width = element_bytes(self.dtype, self.element_shape)
+        for number, first, last in self.record.groups(start, stop):
+            yield self.record.offsets[number] + first * width, (last - first) * width
 
     def _images(self, start: int, stop: int) -> list[bytes]:
         images: list[bytes] = []
@@ -174,7 +182,7 @@ class ParquetSet(ChunkedSet):
         return pq.ParquetFile(self.root / self.record.file, memory_map=True)
 
 
-def _map_bytes(file: int, offset: int, length: int, touch: bool) -> Tensor:
+def _map_bytes(file: int, offset: int, length: int) -> Tensor:
     """``length`` bytes of a file as a uint8 tensor: a mapping of its own, unmapped with the last tensor that views it.
 
     Private and writable: an operation in place changes the tensor, never the file.
@@ -183,8 +191,6 @@ def _map_bytes(file: int, offset: int, length: int, touch: bool) -> Tensor:
     window = mmap.mmap(
         file, length + offset - aligned, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=aligned
     )
-    if touch:  # one byte a page, outside of the interpreter's lock: what a read of the disk waits for, waits here
-        np.frombuffer(window, np.uint8)[:: mmap.PAGESIZE].max()
     return torch.frombuffer(window, dtype=torch.uint8, count=length, offset=offset - aligned)
 
 

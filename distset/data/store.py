@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from distset.data import schema
+from distset.data.columns import update_checksum
 from distset.data.parquet_set import ParquetSet, SetRecord
 from distset.data.schema import StoreInfo
 from distset.data.splits import Split, load_splits
-from distset.data.writer import update_checksum
 
 __all__ = ["Store"]
 

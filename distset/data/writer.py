@@ -12,54 +12,34 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from distset.data import schema
-from distset.data.bag import Bag, dtype_name, raw_rows
-from distset.files import publish, sole_writer, write_atomically
-from distset.data.images import image_shape
+from distset.data.bag import Bag
+from distset.data.columns import (
+    Layout,
+    block_offsets,
+    elements_column,
+    padding,
+    parquet_writer,
+    set_ids,
+    sides,
+    update_checksum,
+)
 from distset.data.labels import Labelled
 from distset.data.schema import DTYPES, StoreInfo, element_bytes
 from distset.data.splits import Split, save_splits
+from distset.files import publish, sole_writer, write_atomically
 from distset.seeds import seed_for
 
 __all__ = ["StoreWriter", "write_store"]
 
 ROW_GROUP_BYTES = 64 * 2**20
-ENCODED_GROUP_ROWS = 512
-ALIGNMENT = 64  # of a row group's elements in the file, and so in memory: that of a tensor
-
-
-class Layout(NamedTuple):
-    """What all sets of a store share; the first bag fixes it."""
-
-    encoding: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @staticmethod
-    def of(bag: Bag, dtype: str | None) -> Layout:
-        if not hasattr(bag.elements, "dtype"):
-            return Layout("files", "uint8", image_shape(bag.elements.take([0])[0], bag.set_id))
-        found = dtype_name(bag.elements.dtype)
-        if dtype is None and found not in DTYPES:
-            raise ValueError(
-                f"set {bag.set_id!r}: elements are {found}, wanted one of {', '.join(DTYPES)}; ingest with dtype=float32"
-            )
-        wanted = dtype or found
-        if wanted != found and not DTYPES[wanted].is_floating_point:
-            raise ValueError(f"dtype: got {wanted}, which would cut the set's {found} values; wanted a floating-point type")
-        return Layout("raw", wanted, tuple(bag.elements.shape[1:]))
-
-    @property
-    def kind(self) -> str:
-        return "features" if len(self.shape) == 1 else "images"
+ENCODED_GROUP_ROWS = 256
 
 
 class StoreWriter:
@@ -217,7 +197,9 @@ class StoreWriter:
         return self.path / schema.SHARDS / f"part-{self._shards:05d}.parquet.tmp"
 
     def _pick_up(self) -> None:
-        """Compare with the earlier start, if there was one, and read what it finished."""
+        """Compare with the earlier start, if there was one, read what it finished and clear away what it did not."""
+        for draft in self.path.rglob("*.tmp"):
+            draft.unlink()
         settings = {"version": schema.FORMAT_VERSION, "seed": self.seed, "dtype": self.dtype, "source": self.source}
         settings |= {"group_rows": self.group_rows, "shard_bytes": self.shard_bytes}
         manifest = self.path / schema.INGEST / "manifest.json"
@@ -269,14 +251,12 @@ class StoreWriter:
         if self._file is None or self._sink is None:
             self._draft.parent.mkdir(parents=True, exist_ok=True)
             self._sink = pa.OSFile(str(self._draft), "wb")
-            self._file = _parquet_writer(self._sink, columns, self.group_rows)
-        elements = _elements_column(bag, layout, positions)
-        table = pa.Table.from_arrays(
-            [elements, _set_ids(bag.set_id, len(positions)), *_sides(bag, positions)], schema=columns
-        )
+            self._file = parquet_writer(self._sink, columns, self.group_rows)
+        elements = elements_column(bag, layout, positions)
+        table = pa.Table.from_arrays([elements, set_ids(bag.set_id, len(positions)), *sides(bag, positions)], schema=columns)
         update_checksum(hash, table)
         if layout.encoding == "raw":
-            self._sink.write(_padding(self._sink.tell(), len(positions), elements.type.byte_width))
+            self._sink.write(padding(self._sink.tell(), len(positions), elements.type.byte_width))
         self._file.write_table(table, row_group_size=self.group_rows)
         self._groups += 1
 
@@ -288,7 +268,7 @@ class StoreWriter:
         self._sink.close()
         self._file = self._sink = None
         for record in self._open:
-            record["offsets"] = _offsets(self._draft, record, self._layout)
+            record["offsets"] = block_offsets(self._draft, record, self._layout)
         name = f"part-{self._shards:05d}"
         publish(self._draft, self.path / schema.SHARDS / f"{name}.parquet")
         layout = self._layout._asdict()
@@ -323,19 +303,6 @@ def class_names(labels: Iterable[str | None], classes: Sequence[str] | None) -> 
     return list(classes) if classes is not None else sorted(found, key=_natural)
 
 
-def update_checksum(hash: Any, table: pa.Table) -> None:
-    """Add the rows of a row group: elements, positions, coordinates and instance labels."""
-    for name in table.column_names:
-        column = table.column(name).combine_chunks()
-        if name == schema.FEATURE:
-            hash.update(memoryview(column.buffers()[1])[column.offset * column.type.byte_width :][: column.nbytes])
-        elif name == schema.IMAGE:
-            for image in column.to_pylist():
-                hash.update(len(image).to_bytes(8, "little") + image)
-        elif name != schema.SET_ID:
-            hash.update(np.ascontiguousarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False)).tobytes())
-
-
 def _check_bag(bag: Bag) -> None:
     n = len(bag.elements)
     if not bag.set_id:
@@ -350,78 +317,6 @@ def _check_bag(bag: Bag) -> None:
     if bag.instance_labels is not None and np.shape(bag.instance_labels) != (n,):
         got = np.shape(bag.instance_labels)
         raise ValueError(f"set {bag.set_id!r}: instance_labels have shape {got}, wanted ({n},), one an element")
-
-
-def _set_ids(set_id: str, n: int) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([set_id]))
-
-
-def _elements_column(bag: Bag, layout: Layout, positions: np.ndarray) -> pa.Array:
-    if layout.encoding == "files":
-        images = bag.elements.take(positions.tolist())
-        for position, image in zip(positions, images):
-            if (shape := image_shape(image, bag.set_id)) != layout.shape:
-                raise ValueError(
-                    f"set {bag.set_id!r}: image {position} has shape {shape}, those before {layout.shape}; "
-                    f"cut all patches to one size"
-                )
-        return pa.array(images, pa.large_binary())
-    rows: Tensor = raw_rows(bag.elements, positions, layout.dtype, bag.set_id)
-    width = element_bytes(layout.dtype, layout.shape)
-    raw = rows.reshape(len(positions), -1).view(torch.uint8).numpy()
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(positions), [None, pa.py_buffer(raw)])
-
-
-def _sides(bag: Bag, positions: np.ndarray) -> list[pa.Array]:
-    """The columns beside the elements: row, x, y, instance label."""
-    n = len(positions)
-    x, y = pa.nulls(n, pa.float64()), pa.nulls(n, pa.float64())
-    if bag.coords is not None:
-        xy = np.asarray(bag.coords, np.float64)[positions]
-        x, y = pa.array(xy[:, 0]), pa.array(xy[:, 1])
-    labels = pa.nulls(n, pa.int32())
-    if bag.instance_labels is not None:
-        labels = pa.array(np.asarray(bag.instance_labels)[positions].astype(np.int32))
-    return [pa.array(positions.astype(np.int32)), x, y, labels]
-
-
-def _parquet_writer(sink: pa.NativeFile, columns: pa.Schema, group_rows: int) -> pq.ParquetWriter:
-    return pq.ParquetWriter(
-        sink,
-        columns,
-        compression="none",
-        use_dictionary=[schema.SET_ID],
-        write_statistics=[schema.SET_ID],
-        data_page_size=2**31 - 1,  # one page a row group, so that its bytes lie together
-        write_batch_size=group_rows,
-    )
-
-
-def _padding(position: int, rows: int, width: int) -> bytes:
-    """What puts the elements of a row group that begins at ``position`` on a multiple of `ALIGNMENT`.
-
-    They follow a page header of 16 bytes and three zigzag varints: twice the page's size, and the number of rows. Parquet
-    allows gaps between row groups. A writer with another header costs the alignment (and a copy on reading), no more.
-    """
-    header = 16 + 2 * _varint_bytes(rows * width) + _varint_bytes(rows)
-    return bytes(-(position + header) % ALIGNMENT)
-
-
-def _varint_bytes(number: int) -> int:
-    return max(1, -(-(2 * number).bit_length() // 7))
-
-
-def _offsets(path: Path, record: dict[str, Any], layout: Layout) -> list[int]:
-    """Where the raw elements of each of the set's row groups begin: what is left of its one page is the page's header."""
-    if layout.encoding == "files":
-        return []
-    metadata, offsets = pq.read_metadata(path), []
-    for number in range(record["first_row_group"], record["first_row_group"] + record["row_groups"]):
-        column = metadata.row_group(number).column(0)
-        header = column.total_compressed_size - column.num_values * element_bytes(layout.dtype, layout.shape)
-        assert 0 < header < 256, "one plain page a row group"
-        offsets.append(column.data_page_offset + header)
-    return offsets
 
 
 def _index(records: Sequence[dict[str, Any]], labels: Mapping[str, Labelled] | None) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from distset.data import Bag, Labelled, SplitPlan, Store, StoreWriter, ingest, write_store
-from distset.data import writer as writer_module
 
 
 class Numbers:
@@ -200,8 +199,3 @@ def test_ingest_takes_the_memory_of_one_bag(tmp_path):
 
     ingest(Large(), tmp_path)
     assert max(megabytes[10:]) - megabytes[9] < 10, "30 bags of 1 MB came in between"
-
-
-def test_the_page_header_is_what_the_padding_expects():
-    for rows, width in [(1, 1), (63, 2), (64, 1024), (8192, 8192)]:
-        assert len(writer_module._padding(0, rows, width)) < 64

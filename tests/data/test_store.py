@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from distset import UMBC, Exact, InMemory, encode_set
-from distset.data import Bag, Labelled, Store, StoreWriter, gaussian_bags, parquet_set, write_store
+from distset.data import Bag, Labelled, Store, StoreWriter, gaussian_bags, write_store
 from distset.data.schema import DTYPES
 
 
@@ -25,7 +25,7 @@ def rows_of(n, shape, dtype, seed=0):
 def stored(path, elements, *, group_rows=8192, shard_bytes=2**28, **bag):
     with StoreWriter(path, group_rows=group_rows, shard_bytes=shard_bytes) as writer:
         writer.add(Bag("a", elements, label="0", **bag))
-        writer.add(Bag("b", elements[:1], label="1"))
+        writer.add(Bag("b", elements, label="1"))
         return writer.finish()
 
 
@@ -33,13 +33,6 @@ def bits(x):
     return x.contiguous().flatten().view(torch.uint8)
 
 
-@pytest.fixture(params=[0, 2**40], ids=["ahead", "when asked"])
-def reading(request, monkeypatch):
-    """Chunks are read ahead by a thread, or when they are asked for."""
-    monkeypatch.setattr(parquet_set, "AHEAD_BYTES", request.param)
-
-
-@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (5,), (512,), (1, 8, 8), (3, 5, 4)])
 def test_chunks_equal_those_of_the_same_rows_in_memory(tmp_path, dtype, shape):
@@ -56,13 +49,13 @@ def test_chunks_equal_those_of_the_same_rows_in_memory(tmp_path, dtype, shape):
             assert torch.equal(bits(ours.elements), bits(theirs.elements))
 
 
-@pytest.mark.usefixtures("reading")
+@pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_encoding_and_gradient_have_the_bits_of_memory(tmp_path, dtype):
+def test_encoding_and_gradient_have_the_bits_of_memory(tmp_path, dtype, prefetch):
     x = rows_of(1000, (12,), dtype) / 40
     torch.manual_seed(0)
     encoder = UMBC(dim=12, slots=4, heads=2)
-    disk = stored(tmp_path, x, group_rows=256).open("a", 100)
+    disk = stored(tmp_path, x, group_rows=256).open("a", 100, prefetch=prefetch)
     memory = InMemory(x[disk.rows()], 100, name="a")
     found = []
     for source in (disk, memory):
@@ -73,7 +66,6 @@ def test_encoding_and_gradient_have_the_bits_of_memory(tmp_path, dtype):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.usefixtures("reading")
 def test_only_the_asked_chunks_are_given(tmp_path):
     disk = stored(tmp_path, rows_of(50, (3,), "float32")).open("a", 8)
     assert list(disk.map(lambda c: (c.id, c.start), ids=[1, 4, 6])) == [(1, 8), (4, 32), (6, 48)]
@@ -120,50 +112,51 @@ def test_elements_lie_aligned_in_one_block_that_any_parquet_reader_reads(tmp_pat
         assert np.array_equal(plain, store.open(set_id).chunk(0).elements.numpy())
 
 
-def test_a_sweep_that_is_given_up_leaves_no_thread(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_set, "AHEAD_BYTES", 0)
-    bag = stored(tmp_path, rows_of(50, (3,), "float32")).open("a", 5)
-    before = threading.active_count()
-    sweep = bag.map(lambda c: c.id)
-    assert next(sweep) == 0
-    assert threading.active_count() == before + 1
-    sweep.close()
-    assert threading.active_count() == before
-
-
 def test_a_set_can_be_pickled(tmp_path):
     bag = stored(tmp_path, rows_of(50, (3,), "float32")).open("a", 20)
     copy = pickle.loads(pickle.dumps(bag))
     assert torch.equal(copy.chunk(1).elements, bag.chunk(1).elements)
 
 
-def test_images_are_decoded_from_their_files(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (600, 6, 5, 3), dtype=np.uint8)
+PIXELS = np.random.default_rng(0).integers(0, 256, (600, 6, 5, 3), dtype=np.uint8)
 
-    class Patches:
-        def __len__(self):
-            return len(pixels)
 
-        def take(self, positions):
-            return [encoded(pixels[i]) for i in positions]
+class Patches:
+    """The bytes of PNG files."""
 
+    def __len__(self):
+        return len(PIXELS)
+
+    def take(self, positions):
+        return [self.encoded(PIXELS[i]) for i in positions]
+
+    @staticmethod
     def encoded(image):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         return file.getvalue()
 
-    with StoreWriter(tmp_path) as writer:
-        writer.add(Bag("a", Patches(), label="0"))
-        writer.add(Bag("b", Patches(), label="1"))
-        store = writer.finish()
+
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_images_are_decoded_from_their_files(tmp_path, prefetch):
+    store = stored(tmp_path, Patches(), group_rows=128)
     assert (store.kind, store.element_shape, store.dtype) == ("images", (3, 6, 5), torch.uint8)
-    bag = store.open("a", 250)
+    bag = store.open("a", 250, prefetch=prefetch)
     chunks = list(bag.map(lambda c: c))
-    assert [c.size for c in chunks] == [250, 250, 100]
-    assert chunks[0].element_ndim == 3
+    assert [(c.id, c.start, c.size, c.element_ndim) for c in chunks] == [(0, 0, 250, 3), (1, 250, 250, 3), (2, 500, 100, 3)]
     found = torch.cat([c.elements for c in chunks])
-    assert torch.equal(found, torch.from_numpy(pixels).permute(0, 3, 1, 2)[bag.rows()])
+    assert torch.equal(found, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)[bag.rows()])
+    assert [c.id for c in bag.map(lambda c: c, ids=[0, 2])] == [0, 2]
     assert list(store.verify()) == ["a", "b"]
+
+
+def test_a_sweep_of_images_that_is_given_up_leaves_no_thread(tmp_path):
+    before = threading.active_count()
+    sweep = stored(tmp_path, Patches()).open("a", 200).map(lambda c: c.id)
+    assert next(sweep) == 0
+    assert threading.active_count() > before
+    sweep.close()
+    assert threading.active_count() == before
 
 
 def test_the_index_knows_labels_cases_and_what_the_reader_said(tmp_path):
@@ -180,7 +173,6 @@ def test_the_index_knows_labels_cases_and_what_the_reader_said(tmp_path):
         store.labels(store.ids)
 
 
-@pytest.mark.usefixtures("reading")
 def test_memory_does_not_grow_with_the_set(tmp_path):
     """Views of the file go with their chunk: the mappings that stand are those of the chunks in use."""
     bag = stored(tmp_path, rows_of(4000, (64,), "float32"), group_rows=500).open("a", 100)
