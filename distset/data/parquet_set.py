@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -20,7 +18,8 @@ from torch import Tensor
 
 from distset.data import schema
 from distset.data.images import decode
-from distset.data.schema import DTYPES, element_bytes
+from distset.data.mapped import MappedRows
+from distset.data.schema import DTYPES
 from distset.sets import Chunk, ChunkedSet, chunk_bounds
 
 __all__ = ["ParquetSet", "SetRecord"]
@@ -45,18 +44,12 @@ class SetRecord(NamedTuple):
     has_instance_labels: bool
     extra: dict[str, Any]
 
-    def groups(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """The row groups under rows ``start`` to ``stop``: (number within the set, first row, end row within it)."""
-        for number in range(start // self.group_rows, -(-stop // self.group_rows)):
-            begin = number * self.group_rows
-            yield number, max(start - begin, 0), min(stop - begin, self.group_rows)
-
 
 class ParquetSet(ChunkedSet):
     """A set in a store; made by `Store.open`.
 
-    Raw elements are views of the file (a private mapping, one a chunk, released with the chunk): reading costs no copy,
-    and memory is that of the chunks in use. Images are decoded to uint8 ``(N, C, H, W)``. Chunk borders are those of
+    Raw elements are views of the file (a private mapping, one row group at a time): reading costs no copy, and memory is
+    that of the chunks in use. Images are decoded to uint8 ``(N, C, H, W)``. Chunk borders are those of
     `InMemory` with the same ``chunk_size``, so the same encoder gives the same bits. Can be pickled: it holds no open file.
 
     Args:
@@ -90,7 +83,10 @@ class ParquetSet(ChunkedSet):
 
     def chunk(self, index: int) -> Chunk:
         """Chunk ``index``."""
-        return self._read(index)
+        if self.encoding == "files":
+            return self._decoded(index)
+        with self._rows() as rows:
+            return self._mapped(index, rows)
 
     def coarser(self, factor: int) -> ParquetSet:
         merged = copy(self)
@@ -99,7 +95,7 @@ class ParquetSet(ChunkedSet):
 
     def map(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Iterator[Any]:
         ids = range(self.num_chunks) if ids is None else ids
-        for chunk in (self._decoded if self.encoding == "files" else self._mapped)(ids):
+        for chunk in (self._sweep_images if self.encoding == "files" else self._sweep_raw)(ids):
             yield fn(chunk, *args)
 
     def coords(self) -> Tensor | None:
@@ -122,56 +118,41 @@ class ParquetSet(ChunkedSet):
     def _integers(self, name: str) -> Tensor:
         return torch.from_numpy(self._columns([name]).column(name).to_numpy().astype(np.int64))
 
-    def _mapped(self, ids: Sequence[int]) -> Iterator[Chunk]:
-        for number, i in enumerate(ids):
-            if self.prefetch and number + 1 < len(ids):
-                self._announce(ids[number + 1])
-            yield self._read(i)
+    def _sweep_raw(self, ids: Sequence[int]) -> Iterator[Chunk]:
+        with self._rows() as rows:
+            for number, i in enumerate(ids):
+                if self.prefetch and number + 1 < len(ids):
+                    following = ids[number + 1]
+                    rows.announce(self.bounds[following], self.bounds[following + 1])
+                yield self._mapped(i, rows)
 
-    def _decoded(self, ids: Sequence[int]) -> Iterator[Chunk]:
+    def _sweep_images(self, ids: Sequence[int]) -> Iterator[Chunk]:
         if not self.prefetch:
-            yield from map(self._read, ids)
+            yield from map(self._decoded, ids)
             return
         with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(DECODERS) as decoders:
-            yield from _one_ahead(reader, lambda i: self._read(i, decoders), ids)
+            yield from _one_ahead(reader, lambda i: self._decoded(i, decoders), ids)
 
-    def _read(self, index: int, decoders: Executor | None = None) -> Chunk:
+    def _mapped(self, index: int, rows: MappedRows) -> Chunk:
         start, stop = self.bounds[index], self.bounds[index + 1]
-        if self.encoding == "files":
-            elements = decode(self._images(start, stop), f"set {self.name!r}", decoders)
-        else:
-            elements = self._raw(start, stop)
+        return Chunk(rows.read(start, stop), None, index, start, self.element_ndim)
+
+    def _decoded(self, index: int, decoders: Executor | None = None) -> Chunk:
+        start, stop = self.bounds[index], self.bounds[index + 1]
+        elements = decode(self._images(start, stop), f"set {self.name!r}", decoders)
         return Chunk(elements, None, index, start, self.element_ndim)
 
-    def _raw(self, start: int, stop: int) -> Tensor:
-        """Rows as they lie in the file; a copy only where they span row groups."""
-        with open(self.root / self.record.file, "rb") as file:
-            parts = [_map_bytes(file.fileno(), *block) for block in self._blocks(start, stop)]
-        raw = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if raw.data_ptr() % DTYPES[self.dtype].itemsize:  # a file whose writer could not align its elements
-            raw = raw.clone()
-        return raw.view(DTYPES[self.dtype]).view(stop - start, *self.element_shape)
-
-    def _announce(self, index: int) -> None:
-        """Tell the kernel to read a chunk from the disk, which it does while this process works on."""
-        if hasattr(os, "posix_fadvise"):
-            with open(self.root / self.record.file, "rb") as file:
-                for offset, length in self._blocks(self.bounds[index], self.bounds[index + 1]):
-                    os.posix_fadvise(file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
-
-    def _blocks(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Offset and length in bytes of raw rows in the file, one block a row group."""
-        width = element_bytes(self.dtype, self.element_shape)
-        for number, first, last in self.record.groups(start, stop):
-            yield self.record.offsets[number] + first * width, (last - first) * width
+    def _rows(self) -> MappedRows:
+        record = self.record
+        file = self.root / record.file
+        return MappedRows(file, record.offsets, record.group_rows, record.n, DTYPES[self.dtype], self.element_shape)
 
     def _images(self, start: int, stop: int) -> list[bytes]:
-        images: list[bytes] = []
+        rows = self.record.group_rows
+        groups = range(start // rows, -(-stop // rows))
         with self._open() as file:
-            for number, first, last in self.record.groups(start, stop):
-                table = file.read_row_group(self.record.first_row_group + number, columns=[schema.IMAGE])
-                images += table.column(0).slice(first, last - first).to_pylist()
-        return images
+            table = file.read_row_groups([self.record.first_row_group + number for number in groups], columns=[schema.IMAGE])
+        return table.column(0).slice(start - groups[0] * rows, stop - start).to_pylist()
 
     def _columns(self, names: list[str]) -> pa.Table:
         first = self.record.first_row_group
@@ -180,18 +161,6 @@ class ParquetSet(ChunkedSet):
 
     def _open(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.root / self.record.file, memory_map=True)
-
-
-def _map_bytes(file: int, offset: int, length: int) -> Tensor:
-    """``length`` bytes of a file as a uint8 tensor: a mapping of its own, unmapped with the last tensor that views it.
-
-    Private and writable: an operation in place changes the tensor, never the file.
-    """
-    aligned = offset - offset % mmap.ALLOCATIONGRANULARITY
-    window = mmap.mmap(
-        file, length + offset - aligned, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE, offset=aligned
-    )
-    return torch.frombuffer(window, dtype=torch.uint8, count=length, offset=offset - aligned)
 
 
 def _one_ahead(pool: Executor, fn: Callable[[int], Chunk], ids: Iterable[int]) -> Iterator[Chunk]:
