@@ -89,6 +89,8 @@ def raw_rows(elements: Any, positions: np.ndarray, dtype: str, set_id: str) -> T
 def _check_finite(rows: Tensor, positions: np.ndarray, set_id: str, what: str, advice: str) -> None:
     if not rows.is_floating_point() or bool(rows.isfinite().all()):
         return
-    bad = ~rows.isfinite().flatten(1).all(1)
-    first = int(positions[int(bad.int().argmax())])
-    raise ValueError(f"set {set_id!r}: {int(bad.sum())} rows are {what}, the first is row {first}; {advice}")
+    bad = (~rows.isfinite().flatten(1).all(1)).numpy()
+    raise ValueError(
+        f"set {set_id!r}: row {int(positions[bad].min())} is {what} (and {int(bad.sum()) - 1} more of the {len(bad)} rows "
+        f"looked at); {advice}"
+    )

@@ -8,6 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+import pyarrow.parquet as pq
+
+from distset.data.schema import need
+
 __all__ = ["Labelled", "bare_name", "label_table", "match_labels", "read_table"]
 
 MISSING = {"", "nan", "na", "n/a", "none", "null"}
@@ -107,19 +111,20 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     kind = path.suffix.lower()
     if kind in (".csv", ".tsv", ".txt"):
         yield from _text_table(path, "," if kind == ".csv" else "\t")
-    elif kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        for number, row in enumerate(pq.read_table(path).to_pylist()):
-            yield number + 2, {name: "" if value is None else str(value) for name, value in row.items()}
-    elif kind in (".xlsx", ".xls"):
-        from distset.data.schema import need
-
-        frame = need("pandas").read_excel(path, dtype=str, keep_default_na=False)  # needs openpyxl, and says so
-        for number, row in enumerate(frame.to_dict("records")):
-            yield number + 2, row
+    elif kind in (".parquet", ".xlsx"):
+        try:
+            yield from enumerate(_frame(path, kind), start=2)
+        except Exception as error:  # a foreign file makes its parser raise anything
+            raise ValueError(f"{path}: is not a table ({error})") from error
     else:
         raise ValueError(f"{path}: got a {kind or 'nameless'} file, wanted a table (.csv, .tsv, .parquet, .xlsx)")
+
+
+def _frame(path: Path, kind: str) -> list[dict[str, str]]:
+    if kind == ".xlsx":
+        return need("pandas").read_excel(path, dtype=str, keep_default_na=False, engine="openpyxl").to_dict("records")
+    rows = pq.read_table(path).to_pylist()
+    return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
 
 
 def _text_table(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:

@@ -42,9 +42,9 @@ def with_value(value, dtype=np.float32):
         (Bag("b", np.ones((4, 3), np.float16)), "set 'b': elements are float16"),
         (Bag("b", np.ones(4, np.float32)), r"shape \(4,\), wanted \(N, D\) or \(N, C, H, W\)"),
         (Bag("b", np.ones((4, 3), np.int64)), "elements are int64, wanted one of uint8, float16"),
-        (Bag("b", with_value(np.nan)), "set 'b': 1 rows are not finite, the first is row 2"),
-        (Bag("b", with_value(-np.inf)), "set 'b': 1 rows are not finite, the first is row 2"),
-        (Bag("b", torch.from_numpy(with_value(np.nan))), "1 rows are not finite, the first is row 2"),
+        (Bag("b", with_value(np.nan)), "set 'b': row 2 is not finite"),
+        (Bag("b", with_value(-np.inf)), "set 'b': row 2 is not finite"),
+        (Bag("b", torch.from_numpy(with_value(np.nan))), "set 'b': row 2 is not finite"),
         (Bag("b", ONES, np.zeros((3, 2))), r"coords have shape \(3, 2\), wanted finite numbers \(4, 2\)"),
         (Bag("b", ONES, np.full((4, 2), np.nan)), "wanted finite numbers"),
         (Bag("b", ONES, None, np.zeros(3)), r"instance_labels have shape \(3,\), wanted \(4,\)"),
@@ -58,7 +58,7 @@ def test_a_bad_bag_is_named(tmp_path, bag, said):
 
 
 def test_values_too_large_for_the_stored_type(tmp_path):
-    with StoreWriter(tmp_path, dtype="float16") as writer, pytest.raises(ValueError, match="too large for float16"):
+    with StoreWriter(tmp_path, dtype="float16") as writer, pytest.raises(ValueError, match="row 2 is too large for float16"):
         writer.add(Bag("a", with_value(1e6)))
 
 

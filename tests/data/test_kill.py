@@ -120,7 +120,7 @@ def test_a_bad_bag_loses_no_whole_shard(tmp_path):
             bag = super().read(set_id)
             return bag._replace(elements=bag.elements * np.nan) if set_id == "s9" else bag
 
-    with pytest.raises(ValueError, match="set 's9': 29 rows are not finite"):
+    with pytest.raises(ValueError, match=r"set 's9': row 0 is not finite .and 28 more of the 29 rows"):
         ingest(Broken(), tmp_path / "a")
     assert not list((tmp_path / "a").rglob("*.tmp"))
     with StoreWriter(tmp_path / "b") as writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,14 +19,16 @@ def write(path, text):
 SLIDES = {"007": Labelled("p1", "tumour"), "s2": Labelled("p1", "tumour"), "s3": Labelled("p2", None)}
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "bom", "parquet"])
+@pytest.mark.parametrize("kind", ["csv", "tsv", "bom", "parquet", "xlsx"])
 def test_one_line_a_slide(tmp_path, kind):
     text = "case_id,slide_id,label\np1,007,tumour\np1,s2, tumour \np2,s3,NA\n"
     path = tmp_path / ("t.csv" if kind == "bom" else f"t.{kind}")
+    columns = {"case_id": ["p1", "p1", "p2"], "slide_id": list(SLIDES), "label": ["tumour", "tumour", None]}
     if kind == "parquet":
-        pq.write_table(
-            pa.table({"case_id": ["p1", "p1", "p2"], "slide_id": list(SLIDES), "label": ["tumour", "tumour", None]}), path
-        )
+        pq.write_table(pa.table(columns), path)
+    elif kind == "xlsx":
+        pytest.importorskip("openpyxl")
+        pd.DataFrame(columns).to_excel(path, index=False)
     else:
         write(path, {"tsv": text.replace(",", "\t"), "bom": "\ufeff" + text}.get(kind, text))
     assert label_table(path) == SLIDES
@@ -76,6 +79,10 @@ def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00,\xff\n\xff")
     with pytest.raises(ValueError, match=r"t\.csv: is not a table of text"):
         label_table(tmp_path / "t.csv")
+    for kind in ("parquet", "xlsx"):
+        (tmp_path / f"t.{kind}").write_bytes(b"no table")
+        with pytest.raises(ValueError, match=rf"t\.{kind}: is not a table"):
+            label_table(tmp_path / f"t.{kind}")
     (tmp_path / "t.doc").write_text("x")
     with pytest.raises(ValueError, match=r"got a \.doc file"):
         label_table(tmp_path / "t.doc")

@@ -29,7 +29,8 @@ def table(
     case_id: str | None = "case_id",
     instance_label: str | None = None,
 ) -> Table:
-    """Bags of a Parquet or Arrow (IPC) file, or a folder of them; rows of a set may lie anywhere.
+    """Bags of a Parquet or Arrow (IPC) file, or a folder of them; rows of a set may lie anywhere, and are read fast where
+    they lie together.
 
     Args:
         path: the file or folder.
