@@ -47,9 +47,10 @@ class RunLog(Watch):
     def started(self, step: int, total: int, history: list[Record]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        lost = "a worker was lost; " if self._writer is not None else ""
         self._close()
-        if step:
-            log.info("goes on at step %d of %d", step, total)
+        if lost or step:
+            log.info("%sgoes on at step %d of %d", lost, step, total)
         self._metrics = self.folder / "metrics.jsonl"
         write_atomically(self._metrics, "".join(map(_line, history)))
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)

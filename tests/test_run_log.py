@@ -33,7 +33,7 @@ def test_going_on_takes_back_what_came_after_the_checkpoint(tmp_path, capsys):
     assert [(line["step"], line["val/loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 0.25)]
     assert lines[0]["val/auroc"] is None
     assert scalars(tmp_path)["val/loss"] == [(1, 1.0), (2, 0.5), (3, 0.25)]
-    assert "goes on at step 2 of 4" in capsys.readouterr().out
+    assert "a worker was lost; goes on at step 2 of 4" in capsys.readouterr().out
     assert "goes on at step 2 of 4" in (tmp_path / "train.log").read_text()
 
 

@@ -43,6 +43,8 @@ def start_ray(cluster: Cluster) -> None:
     if address:
         ray.init(address=address, **quiet)
     else:
+        # Ray gives way to every other process unless told otherwise; this training is what the user waits for.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         cores = max(os.cpu_count() or 1, cluster.workers * cluster.cpus)
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
         found = int(ray.cluster_resources().get("GPU", 0))

@@ -108,6 +108,7 @@ def test_a_driver_killed_again_and_again(tmp_path, whole, schedule):
 
 
 @pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_a_driver_killed_on_ray(tmp_path, whole):
     """Its Ray dies with it; the next start finds the checkpoint, and one worker of one thread makes the same bits."""
     folder = tmp_path / "run"

@@ -1,11 +1,14 @@
 """One small Ray for all tests that need it."""
 
+import os
+
 import pytest
 
 
 @pytest.fixture(scope="session")
 def cluster():
     ray = pytest.importorskip("ray")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine starves the workers
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
     yield ray
     ray.shutdown()
