@@ -11,7 +11,7 @@ from distset.kernels import HALVES, wide_product
 from distset.sets import Chunk
 from distset.states import Max, Softmax
 
-__all__ = ["accumulable", "check_in", "max_state", "softmax_state", "wide"]
+__all__ = ["accumulable", "check_in", "max_state", "softmax_state", "streamed_softmax_state", "wide"]
 
 
 def accumulable(x: Tensor) -> Tensor:
@@ -41,6 +41,26 @@ def softmax_state(log_weights_KN: Tensor, values_ND: Tensor, mask: Tensor | None
     else:  # a sweep owns its logits: no second and third tensor of their size
         weights_KN = log_weights_KN.sub_(shift).exp_()
     return Softmax(wide(weights_KN, values_ND), weights_KN.sum(-1, keepdim=True), shift)
+
+
+def streamed_softmax_state(keys_KD: Tensor, x_ND: Tensor, block: int = 4096) -> Softmax:
+    """The softmax state of elements as their own values under ``keys``, without a graph, in blocks that stay in the cache.
+
+    One buffer of logits serves all blocks and sums grow in place: no tensor of ``N`` logits is ever made.
+    """
+    logits = x_ND.new_empty(len(keys_KD), min(block, len(x_ND)))
+    total, mass = torch.zeros_like(keys_KD), keys_KD.new_zeros(len(keys_KD), 1)
+    shift = torch.full_like(mass, torch.finfo(mass.dtype).min)
+    for x in x_ND.split(block):
+        weights = logits[:, : len(x)] if len(x) == logits.shape[1] else torch.empty_like(logits[:, : len(x)])
+        torch.mm(keys_KD, x.mT, out=weights)
+        top = torch.maximum(shift, weights.amax(-1, keepdim=True))
+        scale = torch.exp(shift - top)
+        weights.sub_(top).exp_()
+        total.mul_(scale).addmm_(weights, x)
+        mass.mul_(scale).add_(weights.sum(-1, keepdim=True))
+        shift = top
+    return Softmax(total, mass, shift)
 
 
 def max_state(h_ND: Tensor, chunk: Chunk) -> Max:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distset.encoders.base import ChunkEncoder
-from distset.encoders.pooling import check_in, softmax_state, wide
+from distset.encoders.pooling import check_in, softmax_state, streamed_softmax_state, wide
 from distset.kernels import fused_pool, fused_pool_fits
 from distset.sets import Chunk
 from distset.states import Softmax
@@ -83,8 +83,6 @@ class UMBC(ChunkEncoder):
         (torch.Size([3, 4, 8]), True)
     """
 
-    block = 8192  # fewest calls; from here on the time an element is flat
-
     def __init__(
         self,
         dim: int,
@@ -118,6 +116,7 @@ class UMBC(ChunkEncoder):
         self.norm_pooled = nn.LayerNorm(dim_out) if layer_norm else nn.Identity()
         # Multiplications an element: folded H K (D + D); projected D_out (D + D) + K (D_out + D_out).
         self.fold = heads * slots * dim <= dim_out * (dim + slots) if fold is None else fold
+        self.block = 65_536 if self.fold and activation == "softmax" else 4096  # the faster form needs no room for logits
 
     def query(self, batch_shape: torch.Size, generator: torch.Generator, condition: Any = None) -> Slots:
         slots: Tensor = self.mu
@@ -137,8 +136,11 @@ class UMBC(ChunkEncoder):
     def encode(self, chunk: Chunk, query: Slots) -> Softmax:
         x_ND = chunk.elements
         if self.fold:
-            if self._fusible(chunk, query):
-                return Softmax(*fused_pool(query.keys, x_ND))
+            if self._plain_sweep(chunk):
+                if fused_pool_fits(query.keys, x_ND):
+                    return Softmax(*fused_pool(query.keys, x_ND))
+                if x_ND.dtype == query.keys.dtype and x_ND.device.type == "cpu" and x_ND.dim() == query.keys.dim() == 2:
+                    return streamed_softmax_state(query.keys, x_ND)
             logits_KN = wide(query.keys, x_ND.mT)
             if query.bias is not None:
                 logits_KN = logits_KN + query.bias
@@ -148,9 +150,9 @@ class UMBC(ChunkEncoder):
         mask = None if chunk.mask is None else chunk.mask.unsqueeze(-2)
         return softmax_state(self._log_weights(logits_HKN), values_HNd, mask, self.normalize)
 
-    def _fusible(self, chunk: Chunk, query: Slots) -> bool:
-        plain = torch.is_grad_enabled() or chunk.mask is not None or self.activation != "softmax"
-        return not plain and fused_pool_fits(query.keys, chunk.elements)
+    def _plain_sweep(self, chunk: Chunk) -> bool:
+        """Whether this is a softmax over all elements without a graph, for which there are faster forms."""
+        return self.activation == "softmax" and chunk.mask is None and not torch.is_grad_enabled()
 
     def _log_weights(self, logits_KN: Tensor) -> Tensor:
         """The logarithm of the weights before normalisation over the elements."""
