@@ -11,7 +11,7 @@ from distset.kernels import HALVES, wide_product
 from distset.sets import Chunk
 from distset.states import Max, Softmax
 
-__all__ = ["accumulable", "check_in", "max_state", "softmax_state", "streamed_softmax_state", "wide"]
+__all__ = ["accumulable", "check_in", "max_state", "softmax_state", "streamed_fits", "streamed_softmax_state", "wide"]
 
 
 def accumulable(x: Tensor) -> Tensor:
@@ -41,6 +41,12 @@ def softmax_state(log_weights_KN: Tensor, values_ND: Tensor, mask: Tensor | None
     else:  # a sweep owns its logits: no second and third tensor of their size
         weights_KN = log_weights_KN.sub_(shift).exp_()
     return Softmax(wide(weights_KN, values_ND), weights_KN.sum(-1, keepdim=True), shift)
+
+
+def streamed_fits(keys_KD: Tensor, x_ND: Tensor) -> bool:
+    """Whether `streamed_softmax_state` takes these: matrices on a CPU in the precision of states."""
+    precise = x_ND.dtype == keys_KD.dtype and x_ND.dtype in (torch.float32, torch.float64)
+    return precise and x_ND.device.type == "cpu" and x_ND.dim() == keys_KD.dim() == 2
 
 
 def streamed_softmax_state(keys_KD: Tensor, x_ND: Tensor, block: int = 4096) -> Softmax:

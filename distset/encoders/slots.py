@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distset.encoders.base import ChunkEncoder
-from distset.encoders.pooling import check_in, softmax_state, streamed_softmax_state, wide
+from distset.encoders.pooling import check_in, softmax_state, streamed_fits, streamed_softmax_state, wide
 from distset.kernels import fused_pool, fused_pool_fits
 from distset.sets import Chunk
 from distset.states import Softmax
@@ -139,7 +139,7 @@ class UMBC(ChunkEncoder):
             if self._plain_sweep(chunk):
                 if fused_pool_fits(query.keys, x_ND):
                     return Softmax(*fused_pool(query.keys, x_ND))
-                if x_ND.dtype == query.keys.dtype and x_ND.device.type == "cpu" and x_ND.dim() == query.keys.dim() == 2:
+                if streamed_fits(query.keys, x_ND):
                     return streamed_softmax_state(query.keys, x_ND)
             logits_KN = wide(query.keys, x_ND.mT)
             if query.bias is not None:
