@@ -65,6 +65,7 @@ def on_cluster(config: dict[str, Any], run: RunFolder, watch: RunLog) -> Any:
     from distset.cluster.storage import StorageCheckpoints
     from distset.cluster.train import train_on_ray
 
+    log.info("starting %d worker%s of Ray", cluster.workers, "s" * (cluster.workers > 1))
     if cluster.storage is None:
         return train_on_ray(functools.partial(train_bags, config, checkpoints), cluster, watch=watch)
     remote = StorageCheckpoints(cluster.storage)

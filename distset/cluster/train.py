@@ -78,6 +78,8 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
     except TrainingFailedError as error:
         if ray.get(mailbox.failed.remote()) is None:
             raise RuntimeError(f"cluster: training failed after {cluster.max_failures} restarts: {_cause(error)}") from error
+    except SystemExit as error:  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from error
     if failure := ray.get(mailbox.failed.remote()):
         kind, message = failure
         raise ValueError(message) if kind == "ValueError" else RuntimeError(message)
