@@ -396,7 +396,7 @@ def _merged(set: ChunkedSet, sweep: _Sweep) -> Any:
 
 
 def _full(set: ChunkedSet, sweep: _Sweep) -> Any:
-    """Every chunk's state with its graph; the value keeps the bits of the merge tree."""
+    """Every chunk's state with its graph; the value is that of the merge tree."""
     states = list(set.map(_state, sweep))
     total = merge_tree(_map_tensors(Tensor.detach, state) for state in states)
     parts = [state.summands(total) for state in states]

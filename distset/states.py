@@ -84,9 +84,10 @@ class Mean(NamedTuple):
 class Softmax(NamedTuple):
     r"""Softmax attention over the elements, exact for any logits.
 
-    ``total = sum_i exp(a_i - shift) v_i`` of shape ``(*, K, D)``, ``mass = sum_i exp(a_i - shift)`` and ``shift = max_i
-    a_i``, both ``(*, K, 1)`` and the shift without a gradient. The value ``total / mass`` is the softmax-weighted mean of
-    ``v``. A chunk without elements (all masked) has ``mass = 0`` and the lowest finite ``shift``.
+    ``total = sum_i exp(a_i - shift) v_i`` of shape ``(*, K, D)`` and ``mass = sum_i exp(a_i - shift)``, ``(*, K, 1)``; the
+    ``shift (*, K, 1)``, which has no gradient, is the maximum of ``a``, or near enough that both stay in range. The value
+    ``total / mass`` is the softmax-weighted mean of ``v``. A chunk without elements (all masked) has ``mass = 0`` and the
+    lowest finite ``shift``.
     """
 
     total: Tensor

@@ -52,21 +52,36 @@ def streamed_fits(keys_KD: Tensor, x_ND: Tensor) -> bool:
 def streamed_softmax_state(keys_KD: Tensor, x_ND: Tensor, block: int = 4096) -> Softmax:
     """The softmax state of elements as their own values under ``keys``, without a graph, in blocks that stay in the cache.
 
-    One buffer of logits serves all blocks and sums grow in place: no tensor of ``N`` logits is ever made.
+    One buffer of logits serves all blocks and sums grow in place. The weights are exp(logit - shift) for *any* shift that
+    keeps every slot's mass well inside the range of floats; the state is as exact as with the maximum. So the shift stays
+    0, without a look for the maximum, until a slot's mass leaves that range; then it becomes the running maximum.
     """
     logits = x_ND.new_empty(len(keys_KD), min(block, len(x_ND)))
     total, mass = torch.zeros_like(keys_KD), keys_KD.new_zeros(len(keys_KD), 1)
-    shift = torch.full_like(mass, torch.finfo(mass.dtype).min)
+    shift = torch.zeros_like(mass)
+    shifted = False
     for x in x_ND.split(block):
-        weights = logits[:, : len(x)] if len(x) == logits.shape[1] else torch.empty_like(logits[:, : len(x)])
+        weights = logits if len(x) == logits.shape[1] else torch.empty_like(logits[:, : len(x)])
         torch.mm(keys_KD, x.mT, out=weights)
-        top = torch.maximum(shift, weights.amax(-1, keepdim=True))
-        scale = torch.exp(shift - top)
-        weights.sub_(top).exp_()
-        total.mul_(scale).addmm_(weights, x)
-        mass.mul_(scale).add_(weights.sum(-1, keepdim=True))
-        shift = top
+        if shifted:
+            weights.sub_(shift)
+        block_mass = weights.exp_().sum(-1, keepdim=True)
+        if not _in_range(mass + block_mass):
+            torch.mm(keys_KD, x.mT, out=weights)
+            top = weights.amax(-1, keepdim=True)
+            top = torch.where(mass > 0, torch.maximum(shift, top), top)
+            scale = torch.where(mass > 0, torch.exp(shift - top), 0.0)
+            total, mass, shift, shifted = total * scale, mass * scale, top, True
+            block_mass = weights.sub_(shift).exp_().sum(-1, keepdim=True)
+        total.addmm_(weights, x)
+        mass.add_(block_mass)
     return Softmax(total, mass, shift)
+
+
+def _in_range(mass: Tensor) -> bool:
+    """Whether masses are far enough from underflow and overflow that neither they nor weighted sums lose anything."""
+    low, high = torch.aminmax(mass)
+    return bool(low > 1e-18) and bool(high < 1e18)
 
 
 def max_state(h_ND: Tensor, chunk: Chunk) -> Max:

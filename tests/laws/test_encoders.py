@@ -6,6 +6,7 @@ from laws.zoo import DIM, encoders, with_dropout
 from torch import nn
 
 from distset import UMBC, ChunkEncoder, Exact, Features, Full, InMemory, Sampled, Subset, encode_set
+from distset.encoders.pooling import streamed_softmax_state
 from distset.states import Mean
 from distset.testing import check_encoder, check_gradient, mean_gradient
 
@@ -97,6 +98,29 @@ def test_softmax_is_exact_for_large_logits(scale, shift):
     want = torch.softmax(logits.double(), 0).mT @ values.double()
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("order", ["rising", "falling", "jump", "drop", "small", "tame"])
+def test_streamed_sweep_is_exact_for_any_logits(order, dtype):
+    """Logits that leave the range of floats in any order, other slots tame beside them, against a float64 softmax."""
+    ramp = {
+        "rising": torch.linspace(-400, 400, 1000),
+        "falling": torch.linspace(400, -400, 1000),
+        "jump": torch.cat([torch.zeros(500), torch.full((500,), 300.0)]),
+        "drop": torch.cat([torch.full((500,), 300.0), torch.full((500,), -300.0)]),
+        "small": torch.linspace(-320, -300, 1000),
+        "tame": torch.linspace(-3, 3, 1000),
+    }[order]
+    x = torch.stack([ramp, torch.randn(1000), torch.ones(1000)], -1).to(dtype)
+    keys = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 0.0], [-1.0, 0.0, 2.0]], dtype=dtype)
+    state = streamed_softmax_state(keys, x, block=64)
+    logits = keys.double() @ x.double().T
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(
+        state.value().double(), torch.softmax(logits, -1) @ x.double(), rtol=tolerance, atol=tolerance
+    )
+    torch.testing.assert_close(state.log_mass().double(), logits.logsumexp(-1), rtol=tolerance, atol=tolerance)
 
 
 def test_states_stay_float32_under_bfloat16():
