@@ -18,6 +18,7 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from distset import DeepSets
 from distset.build import build
 from distset.data import Bag, Split, StoreWriter
 from distset.runs import RunFolder, make_task
@@ -66,7 +67,7 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
+MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "external")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -90,6 +91,19 @@ def test_every_model_trains_and_is_rebuilt_from_its_run_folder(start, tmp_path, 
 def test_gradients_and_optimisers(start, grad, optim):
     code, _, err = start(f"grad={grad}", f"optim={optim}", "plan.precision=bfloat16", *TINY)
     assert code == 0, err
+
+
+def test_a_model_of_ones_own_by_its_dotted_path(start, tmp_path, monkeypatch):
+    (tmp_path / "ones_own.py").write_text("from distset.tasks.bag_models import deepsets as model\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = start("model=external", "model._target_=ones_own.model", "+model.pool=max", "+model.width=8")
+    assert code == 0, err
+    encoder = RunFolder(tmp_path / "run").load_task().model.encoder.encoder
+    assert isinstance(encoder, DeepSets)
+    assert encoder.pool == "max"
+    code, _, err = start("model=external")
+    assert code == 1
+    assert "model._target_" in err
 
 
 def test_a_run_folder_explains_itself_and_says_when_it_is_finished(start, tmp_path):
