@@ -12,6 +12,7 @@ import pandas as pd
 
 from distset.bag_runs import Outcome
 from distset.data import Split, Store
+from distset.files import write_atomically
 from distset.report import (
     bag_scores,
     choose_threshold,
@@ -26,6 +27,12 @@ from distset.report import (
 )
 
 __all__ = ["describe", "summarise", "write_results"]
+
+README = """# A cross-validation of distset
+
+`fold-0/`, `fold-1/`, ... are run folders, each with a README of its own. `summary.json` and `summary.csv` hold the test figures of
+every fold, with mean and standard deviation over the folds; `plots/folds.png` shows them.
+"""
 
 SCORES = ("auroc", "balanced_accuracy", "f1", "accuracy")
 
@@ -116,4 +123,5 @@ def summarise(folder: Path, folds: Mapping[int, Mapping[str, Any]]) -> str:
     if not table.isna().any(axis=None):
         plot_folds([dict(row) for row in rows.values()], folder / "plots" / "folds.png")
     write_json(folder / "summary.json", {**summary, "by_fold": rows})
+    write_atomically(folder / "README.md", README)
     return "\n".join(lines)

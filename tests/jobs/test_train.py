@@ -186,6 +186,7 @@ def test_folds_are_trained_and_summarised(start, tmp_path):
     rows = np.concatenate([rows for parts in chunks for rows in parts])
     np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-4, atol=1e-5)
     assert (tmp_path / "run" / "plots" / "folds.png").exists()
+    assert "fold-0/" in (tmp_path / "run" / "README.md").read_text()
     assert f"{summary['auroc']['mean']:.3f} ±" in out
 
 
