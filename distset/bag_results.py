@@ -30,8 +30,8 @@ __all__ = ["describe", "summarise", "write_results"]
 
 README = """# A cross-validation of distset
 
-`fold-0/`, `fold-1/`, ... are run folders, each with a README of its own. `summary.json` and `summary.csv` hold the test figures of
-every fold, with mean and standard deviation over the folds; `plots/folds.png` shows them.
+`fold-0/`, `fold-1/`, ... are run folders, each with a README of its own. `summary.json` and `summary.csv` hold the test
+figures of every fold, with mean and standard deviation over the folds; `plots/folds.png` shows them.
 """
 
 SCORES = ("auroc", "balanced_accuracy", "f1", "accuracy")
