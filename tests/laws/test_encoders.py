@@ -21,6 +21,15 @@ def test_any_partition_any_strategy(name):
     assert errors.sampled <= 1e-8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ZOO if name != "ds-mil"])  # whose two stages square the choices
+def test_up_to_four_sampled_chunks(name):
+    set_ = InMemory(torch.randn(10, DIM, dtype=torch.float64), bounds=[0, 1, 5, 7, 10])
+    exact, sampled = check_gradient(ZOO[name].double().train(), set_, max_sampled=4)
+    assert exact <= 1e-10
+    assert sampled <= 1e-8
+
+
 @pytest.mark.parametrize("name", ["umbc-softmax-folded", "umbc-slot-exp-projected", "deepsets-max", "sse", "ds-mil"])
 def test_padded_batches(name):
     """A padded batch gives each set what it gets alone, whatever stands in the padding, with gradients that are right."""
