@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distset.bag_evaluate import evaluate
-from distset.bag_predict import Work
+from distset.bags.evaluate import evaluate
+from distset.bags.predict import Work
 from jobs._common import job
 
 

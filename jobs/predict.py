@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from distset.bag_explain import ExplainPlan, explain_bag, folder_name, target_class
-from distset.bag_predict import Work, store_of_file, with_progress
+from distset.bags.explain import ExplainPlan, explain_bag, folder_name, target_class
+from distset.bags.predict import Work, store_of_file, with_progress
 from distset.build import build
 from distset.data import Store
 from distset.report import write_table

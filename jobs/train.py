@@ -10,8 +10,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from distset.bag_results import describe, summarise, write_results
-from distset.bag_runs import balance, check_run, train_bags
+from distset.bags.results import describe, summarise, write_results
+from distset.bags.runs import balance, check_run, train_bags
 from distset.build import build
 from distset.checkpoints import Checkpoints
 from distset.data import Store

@@ -42,8 +42,8 @@ ABOVE = """
     tasks
     data
     run_log runs
-    bag_runs bag_predict bag_explain
-    bag_results bag_evaluate
+    bags bags.runs bags.predict bags.explain
+    bags.results bags.evaluate
     cluster
 """
 LINES = [line.split() for line in (SPINE + ABOVE).strip().splitlines()]

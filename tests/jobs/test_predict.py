@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from distset import InMemory, encode_set
-from distset.bag_explain import ExplainPlan, Geometry, element_scores, explain_bag, folder_name, spacing
-from distset.bag_predict import Trained, choose_sets, store_of_file
+from distset.bags.explain import ExplainPlan, Geometry, element_scores, explain_bag, folder_name, spacing
+from distset.bags.predict import Trained, choose_sets, store_of_file
 from distset.data import Bag, Store, write_store
 from distset.report import bag_scores
 from distset.runs import RunFolder

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distset.bag_explain import element_scores
-from distset.bag_predict import Work, with_progress
+from distset.bags.explain import element_scores
+from distset.bags.predict import Work, with_progress
 from distset.report import Interval, bag_scores, plot_confusion, plot_roc, predicted_classes, write_json, write_table
 from distset.report.scores import auroc, quantiles
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from distset.bag_runs import Outcome
+from distset.bags.runs import Outcome
 from distset.data import Split, Store
 from distset.files import write_atomically
 from distset.report import (

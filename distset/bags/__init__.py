@@ -1,0 +1,1 @@
+"""The bag classifier on stores: training runs, their results, prediction, explanation, evaluation."""
