@@ -25,9 +25,10 @@ Example:
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from distset.optim import Optimisation
 from distset.seeds import generator_for, seed_for, seeded
 from distset.sets import ChunkedSet
 
-__all__ = ["Example", "Fitted", "Plan", "Task", "Watch", "World", "fit", "predict_all"]
+__all__ = ["BatchTask", "Example", "Fitted", "Plan", "Task", "Watch", "World", "fit", "predict_all"]
 
 Record = dict[str, float]
 
@@ -72,11 +73,23 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class BatchTask(Task, Protocol):
+    """A task that works on many small sets at once; `fit` then asks for the loss of a step's whole share.
+
+    Memory grows with the batch, and what is random follows from the share: it changes with the number of workers.
+    """
+
+    def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
+        """The mean loss of the examples, a scalar; everything random follows from ``seed``."""
+        ...
+
+
 class Plan(NamedTuple):
     """How long, how much at a time, and when to look.
 
     Attributes:
-        epochs: passes over the training sets.
+        epochs: passes over the training sets; None to go by ``max_steps`` alone.
         batch: sets a step, over all workers.
         seed: of everything random.
         log_every: steps between records of the training loss.
@@ -87,9 +100,10 @@ class Plan(NamedTuple):
             choose by.
         patience: stop after this many evaluations without a better one; None for never.
         precision: ``"float32"`` (the model's own precision) or ``"bfloat16"`` autocast.
+        max_steps: the run ends after so many steps, whatever the epochs; None for no such end.
     """
 
-    epochs: int = 10
+    epochs: int | None = 10
     batch: int = 8
     seed: int = 0
     log_every: int = 10
@@ -98,13 +112,16 @@ class Plan(NamedTuple):
     monitor: str | None = "loss"
     patience: int | None = None
     precision: str = "float32"
+    max_steps: int | None = None
 
     def check(self, train: int, valid: int) -> None:
         """Raise for values out of range, given the number of training and validation sets."""
-        for name in ("epochs", "batch", "log_every", "evaluate_every", "checkpoint_every", "patience"):
+        for name in ("epochs", "batch", "log_every", "evaluate_every", "checkpoint_every", "patience", "max_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, wanted at least 1")
+        if self.epochs is None and self.max_steps is None:
+            raise ValueError("epochs: got None without max_steps, wanted one of them: when does the run end?")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision: got {self.precision!r}, wanted 'float32' or 'bfloat16'")
         if train < 1:
@@ -120,7 +137,8 @@ class Plan(NamedTuple):
 
     def steps(self, size: int) -> int:
         """Steps of the whole run over ``size`` training sets; the last batch of an epoch may be smaller."""
-        return self.epochs * math.ceil(size / self.batch)
+        ends = [self.max_steps, None if self.epochs is None else self.epochs * math.ceil(size / self.batch)]
+        return min(end for end in ends if end is not None)
 
     def indices(self, step: int, size: int) -> list[int]:
         """The training sets of step ``step`` (from 0): a pure function of seed and step.
@@ -132,8 +150,13 @@ class Plan(NamedTuple):
         """
         per_epoch = math.ceil(size / self.batch)
         epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(size, generator=generator_for(self.seed, "epoch", epoch)).tolist()
+        order = _order(self.seed, epoch, size)
         return order[place * self.batch : (place + 1) * self.batch]
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    return torch.randperm(size, generator=generator_for(seed, "epoch", epoch)).tolist()
 
 
 class World:
@@ -298,19 +321,34 @@ class _Loop:
         return len(indices), int(elements), loss
 
     def _accumulate(self, indices: list[int]) -> tuple[float, int]:
-        """Add this process's share of the gradient up, one set after the other."""
+        """Add this process's share of the gradient up, one set after the other (many at once for a `BatchTask`)."""
+        mine = self.world.share(indices)
         total, elements = 0.0, 0
-        for index in self.world.share(indices):
-            example = self.train[index]
-            seed = seed_for(self.plan.seed, self.step, example.set.name or index)
+        for examples, names in self._parts(mine):
+            seed = seed_for(self.plan.seed, self.step, *names)
             # Dropout outside the encoder draws from torch's default generator: seeded here, put back after.
             with seeded(seed_for(seed, "task"), self.parameters[0].device):
                 with _autocast(self.task.model, self.plan.precision):
-                    loss = self.task.loss(example, seed=seed) / len(indices)
+                    loss = self._loss(examples, seed) * (len(examples) / len(indices))
                 loss.backward()
             total += float(loss.detach())
-            elements += len(example.set)
+            elements += sum(len(example.set) for example in examples)
         return total, elements
+
+    def _parts(self, mine: Sequence[int]) -> Iterator[tuple[list[Example], list[str | int]]]:
+        """What is worked on at once, and what names its draws."""
+        if isinstance(self.task, BatchTask):
+            if mine:
+                yield [self.train[index] for index in mine], ["batch", self.world.rank]
+            return
+        for index in mine:
+            example = self.train[index]
+            yield [example], [example.set.name or index]
+
+    def _loss(self, examples: list[Example], seed: int) -> Tensor:
+        if isinstance(self.task, BatchTask):
+            return self.task.batch_loss(examples, seed=seed)
+        return self.task.loss(examples[0], seed=seed)
 
     def log(self) -> Record | None:
         if not self.due(self.plan.log_every):
