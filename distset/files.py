@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import tempfile
@@ -9,7 +10,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["draft_for", "publish", "sole_writer", "write_atomically"]
+__all__ = ["DiskFull", "draft_for", "naming_full_disk", "publish", "sole_writer", "write_atomically"]
+
+
+class DiskFull(ValueError):
+    """There is no room left; the message says where, and what to do."""
+
+
+@contextmanager
+def naming_full_disk(folder: Path) -> Iterator[None]:
+    """Raise what a full disk (or a used-up quota) makes of a write as a `DiskFull` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            f"{folder}: no space is left on its disk ({error.strerror or error}); make room and start the same command "
+            f"again: it goes on from what is whole"
+        ) from error
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

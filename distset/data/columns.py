@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,9 +15,20 @@ from torch import Tensor
 from distset.data import schema
 from distset.data.bag import Bag, dtype_name, raw_rows
 from distset.data.images import image_shape
-from distset.data.schema import DTYPES, element_bytes
+from distset.data.schema import DTYPES
 
-__all__ = ["Layout", "block_offsets", "elements_column", "padding", "parquet_writer", "set_ids", "sides", "update_checksum"]
+__all__ = [
+    "Layout",
+    "Sides",
+    "block_offsets",
+    "elements_column",
+    "padding",
+    "parquet_writer",
+    "raw_bytes",
+    "set_ids",
+    "side_columns",
+    "update_checksum",
+]
 
 ALIGNMENT = 64  # of a row group's elements in the file, and so in memory: that of a tensor
 
@@ -47,8 +59,9 @@ class Layout(NamedTuple):
         return "features" if len(self.shape) == 1 else "images"
 
 
-def set_ids(set_id: str, n: int) -> pa.Array:
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(n, np.int32)), pa.array([set_id]))
+def set_ids(ids: Sequence[str], sizes: Sequence[int]) -> pa.Array:
+    """The column of ``ids``, each as often as its set has rows."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.repeat(np.arange(len(ids), dtype=np.int32), sizes)), pa.array(ids))
 
 
 def elements_column(bag: Bag, layout: Layout, positions: np.ndarray) -> pa.Array:
@@ -61,23 +74,52 @@ def elements_column(bag: Bag, layout: Layout, positions: np.ndarray) -> pa.Array
                     f"cut all patches to one size"
                 )
         return pa.array(images, pa.large_binary())
+    raw = raw_bytes(bag, layout, positions)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(raw.shape[1]), len(raw), [None, pa.py_buffer(raw)])
+
+
+def raw_bytes(bag: Bag, layout: Layout, positions: np.ndarray) -> np.ndarray:
+    """The elements at ``positions`` as bytes ``(len(positions), bytes of one)``."""
     rows: Tensor = raw_rows(bag.elements, positions, layout.dtype, bag.set_id)
-    width = element_bytes(layout.dtype, layout.shape)
-    raw = rows.reshape(len(positions), -1).view(torch.uint8).numpy()
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(positions), [None, pa.py_buffer(raw)])
+    return rows.reshape(len(positions), -1).view(torch.uint8).numpy()
 
 
-def sides(bag: Bag, positions: np.ndarray) -> list[pa.Array]:
-    """The columns beside the elements: row, x, y, instance label."""
-    n = len(positions)
-    x, y = pa.nulls(n, pa.float64()), pa.nulls(n, pa.float64())
-    if bag.coords is not None:
-        xy = np.asarray(bag.coords, np.float64)[positions]
-        x, y = pa.array(xy[:, 0]), pa.array(xy[:, 1])
-    labels = pa.nulls(n, pa.int32())
-    if bag.instance_labels is not None:
-        labels = pa.array(np.asarray(bag.instance_labels)[positions].astype(np.int32))
-    return [pa.array(positions.astype(np.int32)), x, y, labels]
+class Sides(NamedTuple):
+    """What stands beside a set's elements: positions ``(n,)``, coordinates ``(n, 2)`` and instance labels ``(n,)``."""
+
+    row: np.ndarray
+    xy: np.ndarray | None
+    label: np.ndarray | None
+
+    @staticmethod
+    def of(bag: Bag, positions: np.ndarray) -> Sides:
+        xy = None if bag.coords is None else np.asarray(bag.coords, np.float64)[positions]
+        label = None if bag.instance_labels is None else np.asarray(bag.instance_labels)[positions].astype(np.int32)
+        return Sides(positions.astype(np.int32), xy, label)
+
+    def update_checksum(self, hash: Any) -> None:
+        """As the function of the same name does from a table."""
+        nothing = np.full(len(self.row), np.nan)
+        x, y = (nothing, nothing) if self.xy is None else self.xy.T
+        for column in (self.row, x, y, nothing if self.label is None else self.label):
+            hash.update(np.ascontiguousarray(column, np.float64))
+
+
+def side_columns(sides: Sequence[Sides]) -> list[pa.Array]:
+    """Row, x, y and label of several sets, one after the other."""
+    sizes = [len(side.row) for side in sides]
+    row = pa.array(np.concatenate([side.row for side in sides]))
+    x, y = (_joined([None if side.xy is None else side.xy[:, axis] for side in sides], sizes, np.float64) for axis in (0, 1))
+    return [row, x, y, _joined([side.label for side in sides], sizes, np.int32)]
+
+
+def _joined(parts: Sequence[np.ndarray | None], sizes: Sequence[int], dtype: type) -> pa.Array:
+    """One column of them all, null where a part is None."""
+    if all(part is None for part in parts):
+        return pa.nulls(sum(sizes), pa.from_numpy_dtype(dtype))
+    missing = np.repeat([part is None for part in parts], sizes)
+    values = [np.zeros(size, dtype) if part is None else part for part, size in zip(parts, sizes)]
+    return pa.array(np.concatenate(values), mask=missing if missing.any() else None)
 
 
 def update_checksum(hash: Any, table: pa.Table) -> None:
@@ -119,14 +161,12 @@ def _varint_bytes(number: int) -> int:
     return max(1, -(-(2 * number).bit_length() // 7))
 
 
-def block_offsets(path: Path, record: dict[str, Any], layout: Layout) -> list[int]:
-    """Where the raw elements of each of the set's row groups begin: what is left of its one page is the page's header."""
-    if layout.encoding == "files":
-        return []
+def block_offsets(path: Path, width: int) -> list[int]:
+    """Where the elements (of ``width`` bytes) of each row group begin: what is left of its one page is the page's header."""
     metadata, offsets = pq.read_metadata(path), []
-    for number in range(record["first_row_group"], record["first_row_group"] + record["row_groups"]):
+    for number in range(metadata.num_row_groups):
         column = metadata.row_group(number).column(0)
-        header = column.total_compressed_size - column.num_values * element_bytes(layout.dtype, layout.shape)
+        header = column.total_compressed_size - column.num_values * width
         assert 0 < header < 256, "one plain page a row group"
         offsets.append(column.data_page_offset + header)
     return offsets

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 from distset.data import schema
 from distset.data.bag import Source
+from distset.data.index import class_names
 from distset.data.labels import Labelled, match_labels
 from distset.data.schema import StoreInfo
 from distset.data.split_tables import read_split_tables
 from distset.data.splits import Split, SplitPlan, check_split, make_splits
 from distset.data.store import Store
-from distset.data.writer import StoreWriter, class_names
+from distset.data.writer import StoreWriter
 
 __all__ = ["ingest"]
 

@@ -13,12 +13,15 @@ from torch import Tensor
 
 __all__ = ["MappedRows"]
 
+COPIED_BYTES = 64 * 2**10
+
 
 class MappedRows:
     """Rows of fixed size in blocks of a file; a context manager around the open file.
 
     A block is mapped when a row of it is asked for and unmapped with the last tensor that looks at it. The mapping is
-    private and writable: an operation in place changes the tensor, never the file.
+    private and writable: an operation in place changes the tensor, never the file. A block of a few pages is copied: that
+    is cheaper than a mapping, and puts it where a tensor would be.
 
     Args:
         file: holds the blocks.
@@ -66,11 +69,19 @@ class MappedRows:
         """A whole block, mapped once while its rows are read one chunk after another: the kernel maps large pages."""
         if self._mapped is None or self._mapped[0] != number:
             rows = min(self._group_rows, self._size - number * self._group_rows)
-            raw = _map_bytes(self._descriptor, self._offsets[number], rows * self._width)
+            offset, length = self._offsets[number], rows * self._width
+            raw = (_read_bytes if length <= COPIED_BYTES else _map_bytes)(self._descriptor, offset, length)
             if raw.data_ptr() % self._dtype.itemsize:  # a file whose writer could not align its rows
                 raw = raw.clone()
             self._mapped = number, raw.view(self._dtype).view(rows, *self._shape)
         return self._mapped[1]
+
+
+def _read_bytes(descriptor: int, offset: int, length: int) -> Tensor:
+    raw = torch.empty(length, dtype=torch.uint8)
+    found = os.preadv(descriptor, [raw.numpy()], offset)  # type: ignore[list-item]  # an array is a buffer
+    assert found == length, "a store compares the sizes of its files when it is opened"
+    return raw
 
 
 def _map_bytes(descriptor: int, offset: int, length: int) -> Tensor:

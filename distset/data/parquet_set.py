@@ -43,6 +43,7 @@ class SetRecord(NamedTuple):
     has_coords: bool
     has_instance_labels: bool
     extra: dict[str, Any]
+    first_row: int = 0  # within the row group, where small sets share one
 
 
 class ParquetSet(ChunkedSet):
@@ -155,9 +156,10 @@ class ParquetSet(ChunkedSet):
         return table.column(0).slice(start - groups[0] * rows, stop - start).to_pylist()
 
     def _columns(self, names: list[str]) -> pa.Table:
-        first = self.record.first_row_group
+        record = self.record
+        groups = list(range(record.first_row_group, record.first_row_group + record.row_groups))
         with self._open() as file:
-            return file.read_row_groups(list(range(first, first + self.record.row_groups)), columns=names)
+            return file.read_row_groups(groups, columns=names).slice(record.first_row, record.n)
 
     def _open(self) -> pq.ParquetFile:
         return pq.ParquetFile(self.root / self.record.file, memory_map=True)

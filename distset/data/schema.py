@@ -22,7 +22,7 @@ import torch
 
 __all__ = ["DTYPES", "FORMAT_VERSION", "StoreInfo", "element_bytes", "index_schema", "shard_schema"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: every set has row groups of its own
 INFO, INDEX, SHARDS, SPLITS, INGEST = "store.json", "sets.parquet", "shards", "splits", "ingest"
 
 DTYPES = {
@@ -125,7 +125,7 @@ def shard_schema(encoding: str, dtype: str, shape: Sequence[int]) -> pa.Schema:
 
 
 def index_schema() -> pa.Schema:
-    """Columns of ``sets.parquet``; ``offsets`` are where each row group's raw elements begin in the file."""
+    """Columns of ``sets.parquet``; ``offsets`` are where the set's raw elements in each row group begin in the file."""
     return pa.schema(
         [
             pa.field(SET_ID, pa.string(), nullable=False),
@@ -136,6 +136,7 @@ def index_schema() -> pa.Schema:
             pa.field("first_row_group", pa.int32(), nullable=False),
             pa.field("row_groups", pa.int32(), nullable=False),
             pa.field("group_rows", pa.int32(), nullable=False),
+            pa.field("first_row", pa.int32(), nullable=False),  # within the row group, where small sets share one
             pa.field("offsets", pa.list_(pa.int64()), nullable=False),
             pa.field("checksum", pa.string(), nullable=False),
             pa.field("has_coords", pa.bool_(), nullable=False),
@@ -143,6 +144,12 @@ def index_schema() -> pa.Schema:
             pa.field("extra", pa.string(), nullable=False),  # JSON: what else the reader knew of the set
         ]
     )
+
+
+def part_schema() -> pa.Schema:
+    """Columns of the records of a shard: the index before it is known what case a set belongs to."""
+    index = index_schema()
+    return index.set(index.get_field_index("case_id"), pa.field("case_id", pa.string()))
 
 
 def need(module: str, extra: str = "data") -> ModuleType:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -31,7 +33,7 @@ class Store:
     Attributes:
         path, info: the folder and what its ``store.json`` says (`StoreInfo`).
         sets: the index, a `pyarrow.Table` with one row a set.
-        ids: names of the sets in the order of the index.
+        ids: names of the sets in the order of the index (a list that belongs to the store: do not change it).
         classes, kind, dtype, element_shape: as in ``info``.
 
     Raises:
@@ -55,17 +57,20 @@ class Store:
             raise ValueError(f"path: {self.path} holds no finished store ({schema.INFO} is missing); {what}")
         self.info = StoreInfo.load(self.path / schema.INFO)
         self.sets = _read_index(self.path)
-        self._records = {row[schema.SET_ID]: _record(row) for row in self.sets.to_pylist()}
-        if len(self._records) != self.info.num_sets:
+        self.ids: list[str] = self.sets[schema.SET_ID].to_pylist()
+        self._lines = _Lines(self.sets)
+        self._line_of = {set_id: line for line, set_id in enumerate(self.ids)}
+        if len(self._line_of) != self.info.num_sets:
             raise ValueError(
-                f"{self.path / schema.INDEX}: holds {len(self._records)} sets, {schema.INFO} says {self.info.num_sets}; "
+                f"{self.path / schema.INDEX}: holds {len(self._line_of)} sets, {schema.INFO} says {self.info.num_sets}; "
                 f"the store is damaged, ingest again"
             )
         self._check_files()
 
     @property
-    def ids(self) -> list[str]:
-        return list(self._records)
+    def cases(self) -> dict[str, str]:
+        """The case of each set."""
+        return dict(zip(self.ids, self.sets["case_id"].to_pylist()))
 
     @property
     def classes(self) -> list[str]:
@@ -94,9 +99,7 @@ class Store:
         Raises:
             ValueError: for a set that the store does not hold.
         """
-        if set_id not in self._records:
-            raise ValueError(f"set_id: {set_id!r} is not in {self.path}, which holds {len(self)} sets; see Store.ids")
-        return self._records[set_id]
+        return self._lines[self._line(set_id)]
 
     def open(self, set_id: str, chunk_size: int | None = None, *, prefetch: bool = True) -> ParquetSet:
         """The set, in chunks of ``chunk_size`` elements (all in one if None).
@@ -117,7 +120,8 @@ class Store:
             ValueError: for a set without a label.
         """
         number = {name: i for i, name in enumerate(self.info.classes)}
-        found = [self.record(set_id).label for set_id in ids]
+        label = self._lines.labels
+        found = [label[self._line(set_id)] for set_id in ids]
         if missing := [set_id for set_id, label in zip(ids, found) if label is None]:
             raise ValueError(
                 f"labels: {len(missing)} sets have none, the first is {missing[0]!r}; add it to the label table"
@@ -155,12 +159,14 @@ class Store:
         Raises:
             ValueError: for the first that is not.
         """
-        for set_id, record in self._records.items():
-            hash = hashlib.blake2b(digest_size=16)
+        read = _Groups(self.path)
+        for set_id in self.ids:
+            record, hash = self.record(set_id), hashlib.blake2b(digest_size=16)
             try:
-                with pq.ParquetFile(self.path / record.file, memory_map=True) as file:
-                    for number in range(record.first_row_group, record.first_row_group + record.row_groups):
-                        update_checksum(hash, file.read_row_group(number))
+                for number in range(record.row_groups):
+                    table = read(record.file, record.first_row_group + number)
+                    rows = min(record.group_rows, record.n - number * record.group_rows)
+                    update_checksum(hash, table.slice(record.first_row, rows))
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"{self.path / record.file}: does not read ({error}); ingest again") from error
             if hash.hexdigest() != record.checksum:
@@ -169,6 +175,11 @@ class Store:
                     f"ingest again"
                 )
             yield set_id
+
+    def _line(self, set_id: str) -> int:
+        if set_id not in self._line_of:
+            raise ValueError(f"set_id: {set_id!r} is not in {self.path}, which holds {len(self)} sets; see Store.ids")
+        return self._line_of[set_id]
 
     def _check_files(self) -> None:
         """Every shard is there and ends as it should: a mapping beyond the end of a file would kill the process."""
@@ -180,7 +191,7 @@ class Store:
                 raise ValueError(f"{file}: {found}; the store is damaged, delete it and ingest again")
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.ids)
 
     def __repr__(self) -> str:
         info = self.info
@@ -195,5 +206,38 @@ def _read_index(path: Path) -> pa.Table:
         raise ValueError(f"{path / schema.INDEX}: does not read ({error}); delete the store and ingest again") from error
 
 
-def _record(row: dict[str, Any]) -> SetRecord:
-    return SetRecord(**{**row, "offsets": tuple(row["offsets"]), "extra": json.loads(row["extra"])})
+class _Lines:
+    """The index, a record at a time: a million of them in Python would take seconds and a gigabyte."""
+
+    def __init__(self, table: pa.Table) -> None:
+        if "first_row" not in table.column_names:  # layout version 1
+            table = table.append_column("first_row", pa.array(np.zeros(len(table), np.int32)))
+        columns = {name: table[name].combine_chunks() for name in SetRecord._fields}
+        offsets = columns.pop("offsets")
+        self._borders, self._offsets = offsets.offsets.to_numpy(), offsets.values.to_numpy()
+        self._columns = columns
+
+    @functools.cached_property
+    def labels(self) -> list[str | None]:
+        return self._columns["label"].to_pylist()
+
+    def __getitem__(self, line: int) -> SetRecord:
+        found: dict[str, Any] = {name: column[line].as_py() for name, column in self._columns.items()}
+        found["offsets"] = tuple(self._offsets[self._borders[line] : self._borders[line + 1]].tolist())
+        found["extra"] = {} if found["extra"] == "{}" else json.loads(found["extra"])
+        return SetRecord(**found)
+
+
+class _Groups:
+    """Row groups of the shards, the last one kept: neighbours share them."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._key, self._table = root, ("", -1), None
+        self._file: Any = None
+
+    def __call__(self, file: str, number: int) -> pa.Table:
+        if self._key[0] != file:
+            self._file = pq.ParquetFile(self._root / file, memory_map=True)
+        if self._key != (file, number):
+            self._table, self._key = self._file.read_row_group(number), (file, number)
+        return self._table

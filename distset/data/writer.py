@@ -7,39 +7,28 @@ has the same bytes as one that was not.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from distset.data import schema
 from distset.data.bag import Bag
-from distset.data.columns import (
-    Layout,
-    block_offsets,
-    elements_column,
-    padding,
-    parquet_writer,
-    set_ids,
-    sides,
-    update_checksum,
-)
+from distset.data.columns import Layout
+from distset.data.index import read_part, said, write_index, write_part
 from distset.data.labels import Labelled
-from distset.data.schema import DTYPES, StoreInfo, element_bytes
-from distset.data.splits import Split, save_splits
-from distset.files import publish, sole_writer, write_atomically
-from distset.seeds import seed_for
+from distset.data.schema import DTYPES
+from distset.data.shards import Shard
+from distset.data.splits import Split
+from distset.files import naming_full_disk, sole_writer, write_atomically
 
-__all__ = ["StoreWriter", "write_store"]
+__all__ = ["StoreWriter", "check_bag", "check_layout", "pick_up", "write_store"]
 
-ROW_GROUP_BYTES = 64 * 2**20
-ENCODED_GROUP_ROWS = 256
+SHARD_SETS = 65_536  # a shard of small sets is closed once it holds so many: their records are kept until then
 
 
 class StoreWriter:
@@ -85,13 +74,10 @@ class StoreWriter:
         self.path, self.seed, self.dtype = Path(path), seed, dtype
         self.group_rows, self.shard_bytes = group_rows, shard_bytes
         self.source = json.loads(json.dumps(dict(source or {})))
-        self._records: list[dict[str, Any]] = []  # of whole shards
-        self._open: list[dict[str, Any]] = []  # of the shard being written
-        self._shards = 0
+        self._parts: list[pa.Table] = []  # records of whole shards
         self._layout: Layout | None = None
-        self._sink: pa.NativeFile | None = None
-        self._file: pq.ParquetWriter | None = None
-        self._groups = 0
+        self._shard: Shard | None = None
+        self._ids: dict[str, None] = {}
         self._held = ExitStack()
 
     def __enter__(self) -> StoreWriter:
@@ -107,22 +93,19 @@ class StoreWriter:
 
     def __exit__(self, *_: object) -> None:
         """Without `finish`, the shard being written is dropped; whole shards are kept for the next start."""
-        if self._file is not None and self._sink is not None:
-            with suppress(OSError, pa.ArrowException):  # a full disk said so already
-                self._file.close()
-            self._sink.close()
-            self._draft.unlink(missing_ok=True)
+        if self._shard is not None:
+            self._shard.discard()
         self._held.close()
 
     @property
     def done(self) -> list[str]:
         """Ids of the sets that are written, in order; those of an earlier start included."""
-        return [record[schema.SET_ID] for record in (*self._records, *self._open)]
+        return list(self._ids)
 
     def said(self) -> dict[str, Labelled]:
         """What the bags that are written said of themselves."""
-        records = (*self._records, *self._open)
-        return {r[schema.SET_ID]: Labelled(r["case_id"] or r[schema.SET_ID], r["label"]) for r in records}
+        self._close_shard()
+        return said(pa.concat_tables(self._parts)) if self._parts else {}
 
     def add(self, bag: Bag) -> None:
         """Write one bag.
@@ -133,18 +116,19 @@ class StoreWriter:
         """
         if bag.set_id in self._ids:
             raise ValueError(f"set_id: {bag.set_id!r} comes twice; give every set its own id")
-        _check_bag(bag)
+        check_bag(bag)
         layout = Layout.of(bag, self.dtype)
-        if self._layout is not None and layout != self._layout:
-            raise ValueError(
-                f"set {bag.set_id!r}: elements are {layout.dtype} of shape {layout.shape}, those of the sets before "
-                f"{self._layout.dtype} of shape {self._layout.shape}; one store holds one kind of element"
-            )
+        if self._layout is not None:
+            check_layout(bag.set_id, layout, self._layout)
         self._layout = layout
-        self._open.append(self._write(bag, layout))
-        self._ids.add(bag.set_id)
-        if self._sink is not None and self._sink.tell() >= self.shard_bytes:
-            self._close_shard()
+        with naming_full_disk(self.path):
+            if self._shard is None:
+                draft = self.path / schema.SHARDS / f"part-{len(self._parts):05d}.parquet.tmp"
+                self._shard = Shard(draft, layout, seed=self.seed, group_rows=self.group_rows)
+            self._shard.add(bag)
+            self._ids[bag.set_id] = None
+            if self._shard.size >= self.shard_bytes or len(self._shard.records) >= SHARD_SETS:
+                self._close_shard()
 
     def finish(
         self,
@@ -167,114 +151,54 @@ class StoreWriter:
         """
         from distset.data.store import Store
 
-        if self._file is not None:
-            self._close_shard()
-        if not self._records or self._layout is None:
+        self._close_shard()
+        if not self._parts or self._layout is None:
             raise ValueError("bags: got none, wanted at least one set to store")
-        index = _index(self._records, labels)
-        found = class_names([row["label"] for row in index], classes)
-        split_file = self.path / schema.SPLITS / "default.csv"
-        if splits:
-            save_splits(split_file, splits, {row[schema.SET_ID]: row["case_id"] for row in index})
-        else:
-            split_file.unlink(missing_ok=True)
-        table = pa.Table.from_pylist(index, schema=schema.index_schema())
-        draft = self.path / (schema.INDEX + ".tmp")
-        pq.write_table(table, draft)
-        publish(draft, self.path / schema.INDEX)
-        layout, elements = self._layout, sum(row["n"] for row in index)
-        files = dict.fromkeys(row["file"] for row in index)
-        shards = {file: (self.path / file).stat().st_size for file in files}
-        info = StoreInfo(
-            layout.kind, layout.encoding, layout.dtype, layout.shape, tuple(found), self.seed, len(index), elements,
-            shards, self.source, dict(about or {}), schema.versions(),
-        )  # fmt: skip
-        write_atomically(self.path / schema.INFO, info.dumps())
+        with naming_full_disk(self.path):
+            write_index(
+                self.path, pa.concat_tables(self._parts), self._layout, seed=self.seed, source=self.source, labels=labels,
+                classes=classes, splits=splits, about=about,
+            )  # fmt: skip
         return Store(self.path)
-
-    @property
-    def _draft(self) -> Path:
-        return self.path / schema.SHARDS / f"part-{self._shards:05d}.parquet.tmp"
 
     def _pick_up(self) -> None:
         """Compare with the earlier start, if there was one, read what it finished and clear away what it did not."""
-        for draft in self.path.rglob("*.tmp"):
-            draft.unlink()
-        settings = {"version": schema.FORMAT_VERSION, "seed": self.seed, "dtype": self.dtype, "source": self.source}
-        settings |= {"group_rows": self.group_rows, "shard_bytes": self.shard_bytes}
-        manifest = self.path / schema.INGEST / "manifest.json"
-        if manifest.exists():
-            earlier = json.loads(manifest.read_text())
-            other = sorted(key for key in settings if settings[key] != earlier.get(key))
-            if other:
-                said = "; ".join(f"{key} was {earlier.get(key)!r}, now {settings[key]!r}" for key in other)
-                raise ValueError(f"path: {self.path} was started with other settings ({said}); delete it or choose another")
-        else:
-            write_atomically(manifest, json.dumps(settings, indent=2) + "\n")
-        while (record := self.path / schema.INGEST / f"part-{self._shards:05d}.json").exists():
-            part = json.loads(record.read_text())
-            self._layout = Layout(part["encoding"], part["dtype"], tuple(part["shape"]))
-            self._records += part["sets"]
-            self._shards += 1
-        self._ids = set(self.done)
-
-    def _write(self, bag: Bag, layout: Layout) -> dict[str, Any]:
-        """Write the bag's row groups, rows in their seeded permutation; returns its record."""
-        n = len(bag.elements)
-        order = np.random.default_rng(seed_for(self.seed, "rows", bag.set_id)).permutation(n)
-        hash = hashlib.blake2b(digest_size=16)
-        first, rows = self._groups, self._rows_a_group(layout)
-        for start in range(0, n, rows):
-            self._write_group(bag, layout, order[start : start + rows], hash)
-        return {
-            schema.SET_ID: bag.set_id,
-            "case_id": bag.case_id,
-            "label": bag.label,
-            "n": n,
-            "file": f"{schema.SHARDS}/part-{self._shards:05d}.parquet",
-            "first_row_group": first,
-            "row_groups": self._groups - first,
-            "group_rows": rows,
-            "checksum": hash.hexdigest(),
-            "has_coords": bag.coords is not None,
-            "has_instance_labels": bag.instance_labels is not None,
-            "extra": json.dumps(dict(bag.extra), sort_keys=True),
-        }
-
-    def _rows_a_group(self, layout: Layout) -> int:
-        if layout.encoding == "files":
-            return min(self.group_rows, ENCODED_GROUP_ROWS)
-        return max(1, min(self.group_rows, ROW_GROUP_BYTES // element_bytes(layout.dtype, layout.shape)))
-
-    def _write_group(self, bag: Bag, layout: Layout, positions: np.ndarray, hash: Any) -> None:
-        columns = schema.shard_schema(layout.encoding, layout.dtype, layout.shape)
-        if self._file is None or self._sink is None:
-            self._draft.parent.mkdir(parents=True, exist_ok=True)
-            self._sink = pa.OSFile(str(self._draft), "wb")
-            self._file = parquet_writer(self._sink, columns, self.group_rows)
-        elements = elements_column(bag, layout, positions)
-        table = pa.Table.from_arrays([elements, set_ids(bag.set_id, len(positions)), *sides(bag, positions)], schema=columns)
-        update_checksum(hash, table)
-        if layout.encoding == "raw":
-            self._sink.write(padding(self._sink.tell(), len(positions), elements.type.byte_width))
-        self._file.write_table(table, row_group_size=self.group_rows)
-        self._groups += 1
+        settings = {"seed": self.seed, "dtype": self.dtype, "source": self.source}
+        pick_up(self.path, settings | {"group_rows": self.group_rows, "shard_bytes": self.shard_bytes})
+        while (record := self.path / schema.INGEST / f"part-{len(self._parts):05d}.parquet").exists():
+            part, self._layout = read_part(record)
+            self._parts.append(part)
+            self._ids |= dict.fromkeys(part[schema.SET_ID].to_pylist())
 
     def _close_shard(self) -> None:
-        assert self._file is not None
-        assert self._sink is not None
+        if self._shard is None:
+            return
         assert self._layout is not None
-        self._file.close()
-        self._sink.close()
-        self._file = self._sink = None
-        for record in self._open:
-            record["offsets"] = block_offsets(self._draft, record, self._layout)
-        name = f"part-{self._shards:05d}"
-        publish(self._draft, self.path / schema.SHARDS / f"{name}.parquet")
-        layout = self._layout._asdict()
-        write_atomically(self.path / schema.INGEST / f"{name}.json", json.dumps({**layout, "sets": self._open}, indent=1))
-        self._records += self._open
-        self._open, self._groups, self._shards = [], 0, self._shards + 1
+        number = len(self._parts)
+        with naming_full_disk(self.path):
+            part = self._shard.publish(self.path, number)
+            write_part(self.path / schema.INGEST / f"part-{number:05d}.parquet", part, self._layout)
+        self._parts.append(part)
+        self._shard = None
+
+
+def pick_up(path: Path, settings: Mapping[str, Any]) -> None:
+    """Clear away what a killed writer did not finish, and compare ``settings`` with those it was started with.
+
+    Raises:
+        ValueError: where they differ.
+    """
+    for draft in path.rglob("*.tmp"):
+        draft.unlink()
+    settings = {"version": schema.FORMAT_VERSION, **settings}
+    manifest = path / schema.INGEST / "manifest.json"
+    if not manifest.exists():
+        write_atomically(manifest, json.dumps(settings, indent=2) + "\n")
+        return
+    earlier = json.loads(manifest.read_text())
+    if other := sorted(key for key in settings if settings[key] != earlier.get(key)):
+        words = "; ".join(f"{key} was {earlier.get(key)!r}, now {settings[key]!r}" for key in other)
+        raise ValueError(f"path: {path} was started with other settings ({words}); delete it or choose another")
 
 
 def write_store(path: str | Path, bags: Iterable[Bag], *, seed: int = 0, dtype: str | None = None) -> Any:
@@ -289,21 +213,8 @@ def write_store(path: str | Path, bags: Iterable[Bag], *, seed: int = 0, dtype: 
         return writer.finish()
 
 
-def class_names(labels: Iterable[str | None], classes: Sequence[str] | None) -> list[str]:
-    """The names of the classes in order, checked.
-
-    Raises:
-        ValueError: for a label that is not among ``classes``, or only one class found.
-    """
-    found = {label for label in labels if label is not None}
-    if classes is not None and (unknown := sorted(found - set(classes))):
-        raise ValueError(f"classes: labels hold {', '.join(unknown)}, wanted only {', '.join(classes)}; complete the list")
-    if len(found) == 1:
-        raise ValueError(f"labels: all sets are {found.pop()!r}, wanted at least two classes; check the label column")
-    return list(classes) if classes is not None else sorted(found, key=_natural)
-
-
-def _check_bag(bag: Bag) -> None:
+def check_bag(bag: Bag) -> None:
+    """Refuse what no store can hold; see `StoreWriter.add`."""
     n = len(bag.elements)
     if not bag.set_id:
         raise ValueError("set_id: got an empty one, wanted a name")
@@ -319,19 +230,14 @@ def _check_bag(bag: Bag) -> None:
         raise ValueError(f"set {bag.set_id!r}: instance_labels have shape {got}, wanted ({n},), one an element")
 
 
-def _index(records: Sequence[dict[str, Any]], labels: Mapping[str, Labelled] | None) -> list[dict[str, Any]]:
-    rows = []
-    for record in records:
-        case, label = record["case_id"], record["label"]
-        if labels is not None and record[schema.SET_ID] in labels:
-            case, label = labels[record[schema.SET_ID]]
-        rows.append({**record, "case_id": case or record[schema.SET_ID], "label": label})
-    return rows
+def check_layout(set_id: str, layout: Layout, wanted: Layout) -> None:
+    """Refuse a set of another kind of element than those before it.
 
-
-def _natural(label: str) -> tuple[float, str]:
-    """Numbers by value, before words."""
-    try:
-        return float(label), label
-    except ValueError:
-        return float("inf"), label
+    Raises:
+        ValueError: naming both kinds.
+    """
+    if layout != wanted:
+        raise ValueError(
+            f"set {set_id!r}: elements are {layout.dtype} of shape {layout.shape}, those of the sets before "
+            f"{wanted.dtype} of shape {wanted.shape}; one store holds one kind of element"
+        )

@@ -14,7 +14,7 @@ from distset.data import Bag, Labelled, SplitPlan, Store, StoreWriter, ingest, w
 
 
 class Numbers:
-    """Twelve small bags; shards of 3 kB make several files of them."""
+    """Twelve small bags; shards of 2 kB make several files of them."""
 
     splits = ()
     ids = tuple(f"s{i}" for i in range(12))
@@ -28,7 +28,7 @@ class Numbers:
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     whole = StoreWriter.__init__
-    monkeypatch.setattr(StoreWriter, "__init__", lambda self, *a, **k: whole(self, *a, **{**k, "shard_bytes": 3000}))
+    monkeypatch.setattr(StoreWriter, "__init__", lambda self, *a, **k: whole(self, *a, **{**k, "shard_bytes": 2000}))
 
 
 def contents(folder):

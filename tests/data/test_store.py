@@ -102,14 +102,41 @@ def test_changing_a_chunk_in_place_leaves_the_file_alone(tmp_path):
     assert list(store.verify()) == ["a", "b"]
 
 
-def test_elements_lie_aligned_in_one_block_that_any_parquet_reader_reads(tmp_path):
-    store = write_store(tmp_path, gaussian_bags(num_sets=9, size=(1, 300), dim=33, dtype="float32"))
+@pytest.mark.parametrize("dim", [33, 600])  # sets that share row groups, and sets that have their own
+def test_elements_lie_in_one_block_that_any_parquet_reader_reads(tmp_path, dim):
+    store = write_store(tmp_path, gaussian_bags(num_sets=9, size=(30, 300), dim=dim, dtype="float32"))
     for set_id in store.ids:
         record = store.record(set_id)
-        assert all(offset % 64 == 0 for offset in record.offsets)
+        assert dim == 33 or all(offset % 64 == 0 for offset in record.offsets)
+        assert store.open(set_id).chunk(0).elements.data_ptr() % 64 == 0
         table = pq.read_table(tmp_path / record.file, filters=[("set_id", "==", set_id)])
         plain = np.stack([np.frombuffer(row, np.float32) for row in table["feature"].to_pylist()])
         assert np.array_equal(plain, store.open(set_id).chunk(0).elements.numpy())
+
+
+def test_small_sets_share_row_groups(tmp_path):
+    """Whatever they say of themselves: sizes, coordinates and labels are each set's own, large sets lie between them."""
+    generator = np.random.default_rng(0)
+    bags = []
+    for number in range(60):
+        n = 9000 if number == 30 else int(generator.integers(1, 60))
+        coords = generator.uniform(0, 9, (n, 2)) if number % 3 else None
+        labels = generator.integers(0, 5, n) if number % 4 else None
+        bags.append(Bag(f"s{number}", generator.standard_normal((n, 4)).astype(np.float32), coords, labels, "ab"[number % 2]))
+    with StoreWriter(tmp_path, group_rows=300) as writer:
+        for bag in bags:
+            writer.add(bag)
+        store = writer.finish()
+    assert pq.ParquetFile(tmp_path / "shards" / "part-00000.parquet").num_row_groups < 30 + 10
+    assert list(store.verify()) == store.ids == [bag.set_id for bag in bags]
+    for bag in bags:
+        disk = store.open(bag.set_id, 7)
+        rows = disk.rows().numpy()
+        assert np.array_equal(torch.cat([c.elements for c in disk.map(lambda c: c)]).numpy(), bag.elements[rows])
+        assert (disk.coords() is None) == (bag.coords is None)
+        assert bag.coords is None or np.array_equal(disk.coords().numpy(), bag.coords[rows])
+        assert (disk.instance_labels() is None) == (bag.instance_labels is None)
+        assert bag.instance_labels is None or np.array_equal(disk.instance_labels().numpy(), bag.instance_labels[rows])
 
 
 def test_a_set_can_be_pickled(tmp_path):

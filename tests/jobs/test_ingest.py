@@ -130,7 +130,7 @@ def test_the_command_goes_on_after_a_kill(tmp_path):
 
     def killed(store, parts):
         job = subprocess.Popen([*command, f"store={store}"], cwd=ROOT, stdout=subprocess.DEVNULL)
-        while job.poll() is None and len(list((store / "ingest").glob("part-*.json"))) < parts:
+        while job.poll() is None and len(list((store / "ingest").glob("part-*.parquet"))) < parts:
             time.sleep(0.01)
         job.send_signal(signal.SIGKILL)
         return job.wait() == -signal.SIGKILL
