@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -40,7 +40,7 @@ from distset.optim import Optimisation
 from distset.seeds import generator_for, seed_for, seeded
 from distset.sets import ChunkedSet
 
-__all__ = ["BatchTask", "Example", "Fitted", "Plan", "Task", "Watch", "World", "fit", "predict_all"]
+__all__ = ["BatchTask", "Example", "Fitted", "Parts", "Plan", "Task", "Watch", "Watches", "World", "fit", "predict_all"]
 
 Record = dict[str, float]
 
@@ -50,6 +50,22 @@ class Example(NamedTuple):
 
     set: ChunkedSet
     target: Any
+
+
+class Parts(NamedTuple):
+    """Examples to train on, to choose weights by, to report on; and what the task must know of them.
+
+    Attributes:
+        train, val, test: sequences of examples, lazy ones welcome.
+        facts: arguments of the task's factory that follow from the data, for example ``{"dim": 2}``.
+        baselines: figures of simple rules on the test part, for the table of results.
+    """
+
+    train: Sequence[Example]
+    val: Sequence[Example]
+    test: Sequence[Example]
+    facts: dict[str, Any]
+    baselines: dict[str, float] = {}  # noqa: RUF012  (never written to)
 
 
 class Task(Protocol):
@@ -75,10 +91,15 @@ class Task(Protocol):
 
 @runtime_checkable
 class BatchTask(Task, Protocol):
-    """A task that works on many small sets at once; `fit` then asks for the loss of a step's whole share.
+    """A task that works on many small sets at once; `fit` then goes through a step's sets in groups of ``at_once``.
 
-    Memory grows with the batch, and what is random follows from the share: it changes with the number of workers.
+    Groups, not sets, are shared over workers: a group has the same draws wherever it is computed.
     """
+
+    @property
+    def at_once(self) -> int:
+        """Sets in a group: memory grows with it, speed as long as the machine's caches hold it."""
+        ...
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
         """The mean loss of the examples, a scalar; everything random follows from ``seed``."""
@@ -201,6 +222,25 @@ class Watch:
         """A line of the history: training loss and rate, or validation metrics."""
 
 
+class Watches(Watch):
+    """Several watches as one, told in order."""
+
+    def __init__(self, *watches: Watch) -> None:
+        self.watches = watches
+
+    def started(self, step: int, total: int, history: list[Record]) -> None:
+        for watch in self.watches:
+            watch.started(step, total, history)
+
+    def stepped(self, step: int, sets: int, elements: int, loss: float) -> None:
+        for watch in self.watches:
+            watch.stepped(step, sets, elements, loss)
+
+    def recorded(self, record: Record) -> None:
+        for watch in self.watches:
+            watch.recorded(record)
+
+
 class Fitted(NamedTuple):
     """What `fit` leaves behind; the task's model holds the last weights.
 
@@ -321,31 +361,25 @@ class _Loop:
         return len(indices), int(elements), loss
 
     def _accumulate(self, indices: list[int]) -> tuple[float, int]:
-        """Add this process's share of the gradient up, one set after the other (many at once for a `BatchTask`)."""
-        mine = self.world.share(indices)
+        """Add this process's share of the gradient up, one group of sets after the other."""
         total, elements = 0.0, 0
-        for examples, names in self._parts(mine):
-            seed = seed_for(self.plan.seed, self.step, *names)
+        size = self.task.at_once if isinstance(self.task, BatchTask) else 1
+        starts = range(0, len(indices), size)
+        for start in self.world.share(starts):
+            group = indices[start : start + size]
+            examples = [self.train[index] for index in group]
+            seed = seed_for(self.plan.seed, self.step, examples[0].set.name or group[0])
             # Dropout outside the encoder draws from torch's default generator: seeded here, put back after.
             with seeded(seed_for(seed, "task"), self.parameters[0].device):
                 with _autocast(self.task.model, self.plan.precision):
-                    loss = self._loss(examples, seed) * (len(examples) / len(indices))
+                    loss = self._loss(examples, seed) * (len(group) / len(indices))
                 loss.backward()
             total += float(loss.detach())
             elements += sum(len(example.set) for example in examples)
         return total, elements
 
-    def _parts(self, mine: Sequence[int]) -> Iterator[tuple[list[Example], list[str | int]]]:
-        """What is worked on at once, and what names its draws."""
-        if isinstance(self.task, BatchTask):
-            if mine:
-                yield [self.train[index] for index in mine], ["batch", self.world.rank]
-            return
-        for index in mine:
-            example = self.train[index]
-            yield [example], [example.set.name or index]
-
     def _loss(self, examples: list[Example], seed: int) -> Tensor:
+        """The mean loss of a group, which is one set unless the task takes more at once."""
         if isinstance(self.task, BatchTask):
             return self.task.batch_loss(examples, seed=seed)
         return self.task.loss(examples[0], seed=seed)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -43,9 +44,15 @@ def job(name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], 
     return decorate
 
 
-def ensure_store(data: Mapping[str, Any]) -> None:
-    """Where ``data.make`` names a source, store its sets at ``data.path``; a finished store is left as it is."""
-    if data["make"] is not None:
+def ensure_store(data: dict[str, Any]) -> None:
+    """Where ``data.make`` names a source, store its sets at ``data.path``; a finished store is left as it is.
+
+    Paths become absolute: workers may have another working directory.
+    """
+    for section in (data, data.get("examples", {})):
+        if "path" in section:
+            section["path"] = str(Path(section["path"]).resolve())
+    if data.get("make") is not None:
         ingest(build(data["make"], "data.make"), data["path"], told=data["make"])
 
 

@@ -42,9 +42,10 @@ ABOVE = """
     tasks
     data
     run_log runs
-    bags bags.runs bags.predict bags.explain
+    problems bags bags.runs bags.predict bags.explain
     bags.results bags.evaluate
     cluster
+    training
 """
 LINES = [line.split() for line in (SPINE + ABOVE).strip().splitlines()]
 RANK = {f"distset.{name}": rank for rank, line in enumerate(LINES) for name in line}

@@ -10,8 +10,9 @@ from distset.gains import Smoothed
 from distset.mean_field import Constant, Nuclear, oracle_loss
 from distset.offers import Offers
 from distset.optim import Optimisation
+from distset.problems.offers import examples
 from distset.set_functions import UserUtility, published_utility
-from distset.tasks.oracle import OracleModel, OracleTask, Solve, diffmf_task, equivset_task, examples, idiffmf_task
+from distset.tasks.oracle import OracleModel, OracleTask, Solve, diffmf_task, equivset_task, idiffmf_task
 from distset.train import Example, Plan, fit, predict_all
 
 METHODS = {

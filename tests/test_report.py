@@ -16,8 +16,8 @@ from distset.report import (
     choose_threshold,
     plot_confusion,
     plot_curves,
-    plot_folds,
     plot_roc,
+    plot_spread,
     predicted_classes,
     prediction_table,
     write_json,
@@ -191,7 +191,7 @@ def test_plots_are_drawn(tmp_path):
     plot_confusion(y, predicted_classes(p), ["a", "b"], tmp_path / "plots" / "confusion.png")
     y, p = problem(classes=3)
     plot_roc(y, p, ["a", "b", "c"], tmp_path / "plots" / "roc3.png", resamples=50)
-    plot_folds([{"auroc": 0.9, "f1": 0.8}, {"auroc": 0.8, "f1": 0.7}], tmp_path / "plots" / "folds.png")
+    plot_spread([{"auroc": 0.9, "f1": 0.8}, {"auroc": 0.8, "f1": 0.7}], tmp_path / "plots" / "folds.png")
     pictures = sorted((tmp_path / "plots").iterdir())
     assert len(pictures) == 6
     assert all(0.02 < ink(path) < 0.9 for path in pictures)

@@ -1,8 +1,7 @@
-"""What is written when a bag classifier is trained: predictions, figures with intervals, plots; a summary over folds."""
+"""What is written when a bag classifier is trained: predictions, figures with intervals, plots."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ import pandas as pd
 
 from distset.bags.runs import Outcome
 from distset.data import Split, Store
-from distset.files import write_atomically
 from distset.report import (
     bag_scores,
     choose_threshold,
     plot_confusion,
     plot_curves,
-    plot_folds,
     plot_roc,
     predicted_classes,
     prediction_table,
@@ -26,13 +23,7 @@ from distset.report import (
     write_table,
 )
 
-__all__ = ["describe", "summarise", "write_results"]
-
-README = """# A cross-validation of distset
-
-`fold-0/`, `fold-1/`, ... are run folders, each with a README of its own. `summary.json` and `summary.csv` hold the test
-figures of every fold, with mean and standard deviation over the folds; `plots/folds.png` shows them.
-"""
+__all__ = ["describe", "write_results"]
 
 SCORES = ("auroc", "balanced_accuracy", "f1", "accuracy")
 
@@ -98,30 +89,4 @@ def describe(metrics: Mapping[str, Any]) -> str:
         else:
             interval = "" if score["low"] is None else f" [{score['low']:.3f}, {score['high']:.3f}]"
             lines.append(f"  {name:18} {score['value']:.3f}{interval}")
-    return "\n".join(lines)
-
-
-def summarise(folder: Path, folds: Mapping[int, Mapping[str, Any]]) -> str:
-    """Mean and spread of the test figures over folds, as ``summary.json``, ``summary.csv``, a plot, and lines to read.
-
-    Args:
-        folder: of all folds.
-        folds: the ``metrics.json`` of each.
-    """
-    rows = {fold: {name: metrics["test"][name]["value"] for name in SCORES} for fold, metrics in folds.items()}
-    summary: dict[str, Any] = {"folds": len(rows)}
-    lines = [f"test sets over {len(rows)} folds, mean and standard deviation:"]
-    for name in SCORES:
-        values = [row[name] for row in rows.values() if row[name] is not None]
-        mean = statistics.fmean(values) if values else None
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        summary[name] = {"mean": mean, "std": spread, "folds": len(values)}
-        if mean is not None:
-            lines.append(f"  {name:18} {mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
-    table = pd.DataFrame([{"fold": fold, **row} for fold, row in rows.items()])
-    table.to_csv(folder / "summary.csv", index=False)
-    if not table.isna().any(axis=None):
-        plot_folds([dict(row) for row in rows.values()], folder / "plots" / "folds.png")
-    write_json(folder / "summary.json", {**summary, "by_fold": rows})
-    write_atomically(folder / "README.md", README)
     return "\n".join(lines)

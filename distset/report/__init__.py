@@ -2,7 +2,7 @@
 
 from distset.report.elements import Extremes, contact_sheet, pick_elements
 from distset.report.heatmaps import GeoJson, Heatmap, load_image
-from distset.report.plots import plot_confusion, plot_curves, plot_folds, plot_roc
+from distset.report.plots import plot_confusion, plot_curves, plot_roc, plot_spread
 from distset.report.scores import Interval, bag_scores, choose_threshold, predicted_classes
 from distset.report.tables import ElementTable, prediction_table, write_json, write_table
 
@@ -19,8 +19,8 @@ __all__ = [
     "pick_elements",
     "plot_confusion",
     "plot_curves",
-    "plot_folds",
     "plot_roc",
+    "plot_spread",
     "predicted_classes",
     "prediction_table",
     "write_json",

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from distset.report.scores import Interval, auroc, quantiles, resampled
 
-__all__ = ["plot_confusion", "plot_curves", "plot_folds", "plot_roc", "save"]
+__all__ = ["plot_confusion", "plot_curves", "plot_roc", "plot_spread", "save"]
 
 INK, GRID = "#222222", "#e6e6e6"
 COLORS = ("#1f6fb4", "#d9792b", "#2f9160", "#b43a5c", "#7a5bb5", "#8a6d3b", "#4d9db8", "#7f7f7f")
@@ -149,19 +149,19 @@ def plot_confusion(labels: ArrayLike, predicted: ArrayLike, classes: Sequence[st
     save(figure, path)
 
 
-def plot_folds(folds: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Scores of cross-validation: a dot for each fold, mean and standard deviation beside them.
+def plot_spread(runs: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Scores over folds or seeds: a dot for each run, mean and standard deviation beside them.
 
     Args:
-        folds: ``{metric: value}`` of each fold.
+        runs: ``{metric: value}`` of each run.
         path: of the PNG.
     """
-    metrics = list(folds[0])
+    metrics = list(runs[0])
     figure = _figure(1.6 + 1.5 * len(metrics), 4.0)
     axes = _axes(figure, (1, 1, 1))
-    spread = np.linspace(-0.14, 0.06, len(folds)) if len(folds) > 1 else np.zeros(1)
+    spread = np.linspace(-0.14, 0.06, len(runs)) if len(runs) > 1 else np.zeros(1)
     for place, metric in enumerate(metrics):
-        values, color = np.array([fold[metric] for fold in folds], np.float64), COLORS[place % len(COLORS)]
+        values, color = np.array([run[metric] for run in runs], np.float64), COLORS[place % len(COLORS)]
         mean, deviation = np.nanmean(values), np.nanstd(values, ddof=1) if len(values) > 1 else 0.0
         axes.scatter(place + spread, values, s=26, color=color, alpha=0.55, lw=0)
         axes.errorbar(place + 0.2, mean, deviation, fmt="o", color=color, ms=6, capsize=4, lw=1.8)
@@ -169,7 +169,7 @@ def plot_folds(folds: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.set_xticks(range(len(metrics)), [_name(m) for m in metrics])
     axes.set_xlim(-0.45, len(metrics) - 0.3)
     axes.grid(False, axis="x")
-    axes.set_title(f"{len(folds)} folds: each, and mean ± standard deviation", loc="left", fontweight="bold")
+    axes.set_title(f"{len(runs)} runs: each, and mean ± standard deviation", loc="left", fontweight="bold")
     save(figure, path)
 
 

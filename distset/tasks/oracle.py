@@ -1,8 +1,9 @@
 """Learning what to choose: DiffMF, EquiVSet and iDiffMF as one task over pairs (offer V, chosen subset S*).
 
 `OracleTask` puts a utility and a way of solving its mean field together; `diffmf_task`, `equivset_task` and `idiffmf_task`
-are the published choices. An example is an offer, or a batch of offers of one shape (see `examples`), as a `ChunkedSet`;
-offers of several chunks are solved chunk by chunk (`distset.large_offers`).
+are the published choices. An example is an offer, or a batch of offers of one shape (see
+`distset.problems.offers.examples`), as a `ChunkedSet`; offers of several chunks are solved chunk by chunk
+(see `distset.large_offers`).
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from distset.fixed_point import Implicit, Iteration, OneStep, Stop, Unrolled
 from distset.gains import Drawn, GainsEstimator, Smoothed
 from distset.large_offers import offer_logits, offer_loss, solve_offer
 from distset.mean_field import L2, Constant, Scale, mean_field, oracle_loss
-from distset.offers import Offers, check_offer
-from distset.seeds import generator_for
+from distset.offers import check_offer
+from distset.seeds import generator_for, seed_for
 from distset.set_functions import Independent, SetFunction, SumUtility, elbo, published_recognition, published_utility
 from distset.sets import ChunkedSet, InMemory
 from distset.train import Example
 
-__all__ = ["OracleModel", "OracleTask", "Solve", "diffmf_task", "equivset_task", "examples", "idiffmf_task"]
+__all__ = ["OracleModel", "OracleTask", "Solve", "diffmf_task", "equivset_task", "idiffmf_task"]
 
 
 class Solve(NamedTuple):
@@ -57,6 +58,8 @@ class OracleTask:
         samples: subsets in the recognition network's evidence lower bound.
     """
 
+    at_once = 16  # offers of a step that are solved together
+
     def __init__(self, model: OracleModel, solve: Solve, *, negatives: int | None = None, samples: int = 5) -> None:
         if negatives is not None and negatives < 1:
             raise ValueError(f"negatives: got {negatives}, wanted at least 1 for each chosen element, or None for all")
@@ -76,6 +79,14 @@ class OracleTask:
         if self.model.recognition is None:
             return loss
         return loss - self._bound(elements, mask, seed).mean()
+
+    def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
+        """The mean loss of many offers: those of one shape are solved as one batch, others one after the other."""
+        shapes = {(example.set.num_chunks, len(example.set), len(example.set.batch_shape)) for example in examples}
+        if len(shapes) == 1 and shapes.pop()[::2] == (1, 1):
+            return self.loss(_joined(examples), seed=seed)
+        losses = [self.loss(example, seed=seed_for(seed, place)) for place, example in enumerate(examples)]
+        return torch.stack(losses).mean()
 
     def predict(self, set: ChunkedSet) -> Tensor:
         """The logits of psi, ``(*, N)``; padding has -inf. The same offer gives the same ones."""
@@ -205,25 +216,19 @@ def idiffmf_task(
     return OracleTask(OracleModel(published_utility(dim, nonlinear=nonlinear, context=context)), solve, negatives=1)
 
 
-def examples(offers: Offers, group: int = 16) -> list[Example]:
-    """Offers as training examples, ``group`` of one shape in each: a step over a few groups is one over many offers.
-
-    Within an epoch the groups are shuffled, not the offers among them.
-    """
-    if group < 1:
-        raise ValueError(f"group: got {group}, wanted at least 1 offer an example")
-    found = []
-    for start in range(0, len(offers.chosen), group):
-        part = slice(start, start + group)
-        mask = None if offers.mask is None else offers.mask[part]
-        elements = offers.elements[part]
-        set = InMemory(elements, mask=mask, element_ndim=elements.dim() - 2, name=f"offers-{start}")
-        found.append(Example(set, offers.chosen[part]))
-    return found
-
-
 def _whole(chunk: Any) -> Any:
     return chunk
+
+
+def _joined(examples: Sequence[Example]) -> Example:
+    """Batches of offers ``(B_i, N, *element)`` as one."""
+    chunks = [chunk for example in examples for chunk in example.set.map(_whole)]
+    elements = torch.cat([chunk.elements for chunk in chunks])
+    masks = [
+        torch.ones(chunk.elements.shape[:2], dtype=torch.bool) if chunk.mask is None else chunk.mask for chunk in chunks
+    ]
+    set = InMemory(elements, mask=torch.cat(masks), element_ndim=chunks[0].element_ndim)
+    return Example(set, torch.cat([torch.as_tensor(example.target) for example in examples]))
 
 
 def _membership(target: Any, like: Tensor) -> Tensor:

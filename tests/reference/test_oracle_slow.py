@@ -5,7 +5,8 @@ import torch
 
 from distset.data.synthetic_offers import gaussian_offers, moons_offers
 from distset.optim import Optimisation
-from distset.tasks.oracle import OracleTask, diffmf_task, examples
+from distset.problems.offers import examples
+from distset.tasks.oracle import OracleTask, diffmf_task
 from distset.train import Plan, fit, predict_all
 
 pytestmark = pytest.mark.slow

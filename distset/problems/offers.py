@@ -1,0 +1,173 @@
+"""Training, validation and test offers of the oracle's data sets, as the parts of a problem.
+
+Every function gives `distset.train.Parts`: training offers one by one (a step stacks its own), validation and test
+offers in groups, the facts that the task's factory wants, and the Jaccard index of simple rules on the test offers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distset.choose import by_size, overlap
+from distset.data.affinities import affinity_offers, read_affinities, read_davis
+from distset.data.celeba import celeba_offers
+from distset.data.idx_images import read_idx_folder
+from distset.data.registry import read_features, read_registries, registry_offers
+from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, moons_offers
+from distset.offers import Offers
+from distset.seeds import generator_for, seed_for
+from distset.sets import InMemory
+from distset.train import Example, Parts
+
+__all__ = ["cells", "compounds", "examples", "faces", "gaussian", "images", "moons", "registry"]
+
+GROUP = 100
+"""Validation and test offers solved at once."""
+
+
+def gaussian(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0) -> Parts:
+    """`gaussian_offers`, ``sets`` of each part."""
+    made = [gaussian_offers(sets, size=size, chosen=chosen, seed=seed_for(seed, part)) for part in range(3)]
+    return _parts(made, {"dim": 2})
+
+
+def moons(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0) -> Parts:
+    """`moons_offers`, ``sets`` of each part."""
+    made = [moons_offers(sets, size=size, chosen=chosen, seed=seed_for(seed, part)) for part in range(3)]
+    return _parts(made, {"dim": 2})
+
+
+def registry(path: str, rest: str, *, features: str = "cooccurrence", size: int = 30, fold: int = 0, seed: int = 0) -> Parts:
+    """A baby registry's thirds; ``rest`` is the rule for what else was offered, see `distset.data.registry`.
+
+    ``features``: ``"cooccurrence"``, ``"ids"``, or the path of a Parquet file that `convert_features` wrote.
+    """
+    codes: Tensor | str = read_features(features) if features.endswith(".parquet") else features
+    thirds = registry_offers(read_registries(path), rest=rest, size=size, features=codes, fold=fold, seed=seed)
+    made = _parts([thirds.train, thirds.val, thirds.test], {"dim": thirds.test.elements.shape[-1]})
+    popular = _jaccard(thirds.popular, thirds.test.chosen)
+    return made._replace(baselines={**made.baselines, "most_popular": popular})
+
+
+def cells(
+    path: str,
+    *,
+    elements: str = "X_pca",
+    labels: str = "label",
+    sets: int = 1000,
+    size: int = 20,
+    chosen: tuple[int, int] = (2, 4),
+    seed: int = 0,
+) -> Parts:
+    """Odd ones out among vectors, such as cells by type: an ``npz`` with ``elements (M, D)`` and classes ``labels (M)``.
+
+    The elements are divided over training, validation and test (6 : 2 : 2), so that none is met twice.
+    """
+    with np.load(path, allow_pickle=False) as file:
+        if missing := {elements, labels} - set(file.files):
+            raise ValueError(f"path: {path} has no array {sorted(missing)}, it has {', '.join(file.files)}")
+        pool, kinds = torch.tensor(file[elements], dtype=torch.float32), torch.tensor(file[labels]).long()
+    made = [
+        anomaly_offers(pool[own], kinds[own], sets=sets, size=size, chosen=chosen, seed=seed_for(seed, "offers", part))
+        for part, own in enumerate(_divide(len(pool), seed))
+    ]
+    return _parts(made, {"dim": pool.shape[1]})
+
+
+def images(
+    path: str,
+    *,
+    sets: tuple[int, int, int] = (10_000, 1_000, 1_000),
+    size: int = 8,
+    chosen: tuple[int, int] = (2, 3),
+    seed: int = 0,
+) -> Parts:
+    """Odd ones out among images of a folder of idx files, as flat pixels; the validation offers have images of their own.
+
+    Sizes are those that the papers use for CelebA: offers of 8 with 2 or 3 odd ones.
+    """
+    train, test = read_idx_folder(path, "train"), read_idx_folder(path, "test")
+    pixels, cut = train.pixels(), len(train.labels) * 9 // 10
+    own = [
+        (pixels[:cut], train.labels[:cut]),
+        (pixels[cut:], train.labels[cut:]),
+        (test.pixels(), test.labels),
+    ]
+    made = [
+        anomaly_offers(pool, kinds, sets=count, size=size, chosen=chosen, seed=seed_for(seed, "offers", part))
+        for part, ((pool, kinds), count) in enumerate(zip(own, sets))
+    ]
+    return _parts(made, {"dim": pixels.shape[1]})
+
+
+def faces(
+    path: str, *, sets: tuple[int, int, int] = (10_000, 1_000, 1_000), size: int = 8, chosen: tuple[int, int] = (2, 3),
+    side: int = 32, seed: int = 0,
+) -> Parts:  # fmt: skip
+    """Odd ones out among the faces of CelebA: the majority shares two attributes that the odd ones lack.
+
+    See `distset.data.celeba` for the files wanted in ``path``. Images are scaled to ``side`` pixels, as flat values.
+    """
+    made = [
+        celeba_offers(path, part, sets=count, size=size, chosen=chosen, side=side, seed=seed)
+        for part, count in zip(("train", "val", "test"), sets)
+    ]
+    return _parts(made, {"dim": made[0].elements.shape[-1]})
+
+
+def compounds(
+    path: str, *, sets: tuple[int, int, int] = (1000, 100, 100), size: int = 300, chosen: int = 15, width: int = 64,
+    seed: int = 0,
+) -> Parts:  # fmt: skip
+    """The strongest of ``size`` offered drug-protein pairs; the pairs are divided 6 : 2 : 2 over the parts.
+
+    ``path`` is a table (see `read_affinities`), or the folder of the Davis set (see `read_davis`).
+    """
+    found = read_davis(path) if Path(path).is_dir() else read_affinities(path)
+    made = [
+        affinity_offers(found, rows, sets=count, size=size, chosen=chosen, width=width, seed=seed_for(seed, part))
+        for part, (rows, count) in enumerate(zip(_divide(len(found.strength), seed), sets))
+    ]
+    return _parts(made, {"dim": 2 * width})
+
+
+def examples(offers: Offers, group: int = 16) -> list[Example]:
+    """Offers as training examples, ``group`` of one shape in each: a step over a few groups is one over many offers.
+
+    Within an epoch the groups are shuffled, not the offers among them.
+    """
+    if group < 1:
+        raise ValueError(f"group: got {group}, wanted at least 1 offer an example")
+    found = []
+    for start in range(0, len(offers.chosen), group):
+        part = slice(start, start + group)
+        mask = None if offers.mask is None else offers.mask[part]
+        elements = offers.elements[part]
+        set = InMemory(elements, mask=mask, element_ndim=elements.dim() - 2, name=f"offers-{start}")
+        found.append(Example(set, offers.chosen[part]))
+    return found
+
+
+def _divide(count: int, seed: int) -> list[Tensor]:
+    """Positions of the three parts, 6 : 2 : 2."""
+    order = torch.randperm(count, generator=generator_for(seed, "parts"))
+    return list(order.tensor_split([int(0.6 * count), int(0.8 * count)]))
+
+
+def _parts(made: list[Offers], facts: dict[str, Any]) -> Parts:
+    train, val, test = made
+    scores = torch.rand(test.chosen.shape, generator=generator_for(0, "random choice"))
+    return Parts(
+        examples(train, 1), examples(val, GROUP), examples(test, GROUP), facts, {"random": _jaccard(scores, test.chosen)}
+    )
+
+
+def _jaccard(scores: Tensor, chosen: Tensor) -> float:
+    """Of the best |S*| by a score."""
+    found = by_size(scores.float(), chosen.sum(-1)).chosen
+    return float(overlap(found, chosen)["jaccard"].mean())
