@@ -8,6 +8,7 @@ strings, loaded without unpickling code.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +34,11 @@ class Checkpoints:
         self._best_step: int | None = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write ``state`` as the last checkpoint, and its best weights where they are new."""
+        """Write ``state`` as the last checkpoint, and its best weights where they are new.
+
+        Raises:
+            ValueError: where it cannot be written, as on a full disk; the checkpoint before it stays, whole.
+        """
         best = state["best"]
         if best is not None and best["step"] != self._best_step:
             self._write("best", {"format": FORMAT, "model": best["model"], "meta": state["meta"], "step": best["step"]})
@@ -51,10 +56,23 @@ class Checkpoints:
         return read_state(self.folder / "last" / "state.pt") if self.exists() else None
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
-        path = self.folder / name / "state.pt"
-        draft = draft_for(path)
-        torch.save(state, draft)
-        publish(draft, path)
+        path, draft = self.folder / name / "state.pt", None
+        try:
+            draft = draft_for(path)
+            torch.save(state, draft)
+            publish(draft, path)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+            if draft is not None:
+                draft.unlink(missing_ok=True)
+            raise ValueError(unwritten(path, error, f"; {_free(path)} are free there")) from error
+
+
+def unwritten(place: object, error: Exception, more: str = "") -> str:
+    """What to say of a checkpoint that could not be written."""
+    return (
+        f"checkpoint: {place} cannot be written ({_first_line(error)}{more}); the one before it is whole: make room or "
+        f"repair the storage, and the same command goes on from there"
+    )
 
 
 def read_state(source: str | os.PathLike[str] | IO[bytes], name: str | None = None) -> dict[str, Any]:
@@ -99,6 +117,11 @@ def check_weights(model: nn.Module, weights: dict[str, Tensor], source: str = "c
             f"{source}: is of another model: it {'; '.join(problems[:3])}{more}. Use the configuration it was trained "
             f"with, or another folder"
         )
+
+
+def _free(path: Path) -> str:
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:,.0f} MiB"
 
 
 def _first_line(error: Exception) -> str:

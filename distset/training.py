@@ -109,7 +109,7 @@ def members(config: Config) -> Iterator[tuple[str, Config]]:
         name = "-".join(names)
         storage = config["cluster"]["storage"]
         if name and storage is not None:
-            own["cluster"] = {**config["cluster"], "storage": f"{storage.rstrip('/')}/{name}"}
+            own["cluster"] = {**config["cluster"], "storage": _below(storage, name)}
         yield name, own
 
 
@@ -157,6 +157,11 @@ def _folds(config: Config) -> list[int] | None:
     return list(range(len(Store(data["path"]).folds(data["split"])) if is_bags(config) else data["folds"]))
 
 
+def _below(uri: str, name: str) -> str:
+    folder, mark, query = uri.partition("?")
+    return f"{folder.rstrip('/')}/{name}{mark}{query}"
+
+
 def _with_fold(data: Mapping[str, Any], fold: int) -> dict[str, Any]:
     if "examples" in data:
         return {**data, "examples": {**data["examples"], "fold": fold}}
@@ -182,6 +187,7 @@ def _on_cluster(process: Callable[..., Any], config: Config, run: RunFolder, wat
     if cluster.storage is None:
         return train_on_ray(functools.partial(process, config, checkpoints), cluster, watch=watch)
     remote = StorageCheckpoints(cluster.storage)
+    remote.check()
     outcome = train_on_ray(functools.partial(process, config, remote), cluster, watch=watch)
     remote.fetch(run.checkpoints)
     return outcome

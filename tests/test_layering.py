@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 # One line a layer, read top to bottom. A line names modules, or packages with all inside (the longest match counts);
 # files of one line may import each other.
 SPINE = """
-    seeds files kernels build
+    seeds files versions kernels build
     checkpoints
     states
     sets

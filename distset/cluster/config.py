@@ -18,6 +18,8 @@ class Cluster(NamedTuple):
         storage: folder or URI (``s3://...``) of checkpoints that every worker sees; None for the run folder.
         max_failures: restarts after lost workers before giving up.
         check_seconds: how often lost workers are looked for.
+        wait_seconds: how long to wait for resources that the cluster lacks at the start, such as nodes that an autoscaler
+            has yet to bring; 0 for not at all.
     """
 
     workers: int = 1
@@ -27,3 +29,4 @@ class Cluster(NamedTuple):
     storage: str | None = None
     max_failures: int = 3
     check_seconds: float = 0.5
+    wait_seconds: float = 0.0

@@ -19,9 +19,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from distset.cluster.config import Cluster
 from distset.cluster.progress import Mailbox, MailboxWatch, Postman
+from distset.cluster.resources import require_workers
 from distset.train import Record, Watch
+from distset.versions import differences, installed
 
-__all__ = ["Process", "start_ray", "train_on_ray"]
+__all__ = ["Process", "check_versions", "start_ray", "train_on_ray"]
 
 
 class Process(Protocol):
@@ -66,10 +68,12 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
         watch: told, in this process, what rank 0 tells its own.
 
     Raises:
-        ValueError: where ``process`` raised one.
+        ValueError: where ``process`` raised one; where the cluster has no room for the workers (`require_workers`); where a
+            worker runs other versions than the driver.
         RuntimeError: for any other error in it; where workers were lost more often than ``max_failures``.
     """
     start_ray(cluster)
+    require_workers(cluster)
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
     try:
         # Ray Train wants a folder for checkpoints; ours are kept by fit(), see docs/decisions.md.
@@ -90,7 +94,7 @@ def _trainer(process: Process, mailbox: Any, cluster: Cluster, storage: str) -> 
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(cluster.check_seconds))
     return TorchTrainer(
         _work,  # type: ignore[arg-type]  # may return a value, says the documentation of Result.return_value
-        train_loop_config={"process": process, "mailbox": mailbox},
+        train_loop_config={"process": process, "mailbox": mailbox, "versions": installed()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus}
@@ -111,6 +115,7 @@ def _work(job: dict[str, Any]) -> Any:
     rank = context.get_world_rank()
     watch = _Reporting(mailbox) if rank == 0 else _Reporting(None)
     try:
+        check_versions(job["versions"])
         result = job["process"](watch=watch, device=device)
     except Exception as error:
         if isinstance(error, ValueError):
@@ -124,6 +129,19 @@ def _work(job: dict[str, Any]) -> Any:
         return None
     watch.flush()
     return result
+
+
+def check_versions(drivers: dict[str, str]) -> None:
+    """Raise where this worker runs other software than the driver.
+
+    Raises:
+        ValueError: names the packages and both versions.
+    """
+    if other := differences(drivers, installed()):
+        raise ValueError(
+            f"cluster: a worker on {ray.util.get_node_ip_address()} has {', '.join(other)}, which the driver has; install "
+            f"the same versions on every node (one container image for all), or give the job a runtime environment"
+        )
 
 
 class _Reporting(MailboxWatch):
