@@ -46,6 +46,7 @@ ABOVE = """
     bags.results bags.evaluate
     cluster
     training
+    reproduce
 """
 LINES = [line.split() for line in (SPINE + ABOVE).strip().splitlines()]
 RANK = {f"distset.{name}": rank for rank, line in enumerate(LINES) for name in line}

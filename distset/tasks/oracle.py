@@ -58,7 +58,7 @@ class OracleTask:
         samples: subsets in the recognition network's evidence lower bound.
     """
 
-    at_once = 16  # offers of a step that are solved together
+    at_once = 8  # offers of a step that are solved together
 
     def __init__(self, model: OracleModel, solve: Solve, *, negatives: int | None = None, samples: int = 5) -> None:
         if negatives is not None and negatives < 1:

@@ -1,0 +1,184 @@
+"""Tables of results: the runs of a table, what they measured beside what was published, and the page that shows it.
+
+A `Table` is rows; a row is a configuration of ``jobs.train`` over some seeds (and folds). `collect` trains what is not
+trained yet and gathers the test figures; `render` turns all gathered tables into one Markdown page. No figure on that page
+is typed by hand.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from distset.files import write_atomically
+from distset.report import write_json
+from distset.training import members, test_figures, train_run
+
+__all__ = ["Row", "Table", "collect", "render"]
+
+HEAD = """# Results
+Written by `python -m jobs.reproduce` from the runs' own figures: mean ± standard deviation over seeds or folds. Where a
+published or wanted figure is not reached, it stands as missed. A figure is *reached* if it is at least as good, *within
+spread* if it is worse by no more than its standard deviation.
+"""
+
+
+class Row(NamedTuple):
+    """One line of a table.
+
+    Attributes:
+        name: of the method or setting.
+        config: the resolved configuration of ``jobs.train``, with its ``seeds`` and ``folds``.
+        published: by figure, what the paper reports.
+        command: what a user types to get this row.
+    """
+
+    name: str
+    config: dict[str, Any]
+    published: dict[str, float]
+    command: str
+
+
+class Table(NamedTuple):
+    """One table of results.
+
+    Attributes:
+        name: of its files.
+        title, text: heading and what a reader must know.
+        figures: the test figures shown, by the name they are shown under.
+        lower: those of them where less is better.
+        rows: its lines.
+    """
+
+    name: str
+    title: str
+    text: str
+    figures: dict[str, str]
+    lower: list[str]
+    rows: list[Row]
+
+
+def collect(table: Table, runs: str | Path, results: str | Path) -> dict[str, Any]:
+    """Train what is not trained yet, gather the figures, and write ``results/<table>.json``.
+
+    Args:
+        table: what to run.
+        runs: folder of the run folders, ``runs/<table>/<row>/<member>``; finished ones are only read.
+        results: folder of the gathered tables.
+    """
+    rows = []
+    for row in table.rows:
+        folder = Path(runs) / table.name / _slug(row.name)
+        rows.append({"name": row.name, "command": row.command, "published": row.published, **_measure(row, folder)})
+    gathered = {
+        "title": table.title,
+        "text": table.text,
+        "figures": table.figures,
+        "lower": table.lower,
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {_device()}",
+        "rows": rows,
+    }
+    Path(results).mkdir(parents=True, exist_ok=True)
+    write_json(Path(results) / f"{table.name}.json", gathered)
+    return gathered
+
+
+def render(results: str | Path, page: str | Path, order: Sequence[str] = ()) -> None:
+    """Write the page of all gathered tables: those of ``order`` first, the others by name."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json"))}
+    names = [name for name in order if name in found] + [name for name in found if name not in order]
+    write_atomically(Path(page), "\n".join([HEAD, *(_section(found[name]) for name in names)]))
+
+
+def _measure(row: Row, folder: Path) -> dict[str, Any]:
+    """The figures of every member, and the CPU seconds of those that were trained in one go."""
+    figures, steps, baselines = [], [], {}
+    seconds = []
+    for name, config in members(row.config):
+        own = folder / name
+        begun = (own / "checkpoints").exists()
+        clock = time.process_time()
+        metrics = train_run(config, own)
+        if not begun:
+            write_json(own / "seconds.json", {"cpu_seconds": time.process_time() - clock})
+        if (own / "seconds.json").is_file():
+            seconds.append(json.loads((own / "seconds.json").read_text())["cpu_seconds"])
+        figures.append(test_figures(metrics))
+        steps.append(metrics["steps"])
+        baselines = metrics.get("baselines", {})
+    gathered = {key: [own[key] for own in figures if own.get(key) is not None] for key in figures[0]}
+    return {
+        "values": gathered,
+        "steps": [min(steps), max(steps)],
+        "cpu_seconds": statistics.fmean(seconds) if seconds else None,
+        "baselines": baselines,
+    }
+
+
+def _section(table: Mapping[str, Any]) -> str:
+    figures: dict[str, str] = table["figures"]
+    head = ["", *figures.values(), "published", "verdict", "runs", "steps", "CPU min"]
+    lines = [f"## {table['title']}", table["text"].strip(), "", _line(head), _line(["---"] * len(head))]
+    for row in table["rows"]:
+        shown = [_spread(row["values"].get(key, [])) for key in figures]
+        published = ", ".join(f"{value:g}" for value in row["published"].values())
+        verdicts = [verdict(row["values"].get(k, []), v, k in table["lower"]) for k, v in row["published"].items()]
+        low, high = row["steps"]
+        minutes = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds'] / 60:.1f}"
+        runs = str(max((len(values) for values in row["values"].values()), default=0))
+        steps = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        lines.append(_line([row["name"], *shown, published, ", ".join(verdicts), runs, steps, minutes]))
+    baselines = {name: value for row in table["rows"] for name, value in row["baselines"].items()}
+    if baselines:
+        simple = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in baselines.items())
+        lines += ["", f"Simple rules on the same test examples: {simple}."]
+    commands = "\n".join(row["command"] for row in table["rows"])
+    return "\n".join([*lines, "", f"{table['date']}, {table['hardware']}.", "", f"```bash\n{commands}\n```", ""])
+
+
+def verdict(values: Sequence[float], published: float, lower: bool) -> str:
+    """How measured values stand to a published one.
+
+    Example:
+        >>> verdict([0.90, 0.92], 0.905, lower=False), verdict([0.90, 0.92], 0.95, lower=False)
+        ('reached', 'missed by 0.04')
+    """
+    if not values:
+        return "not measured"
+    mean = statistics.fmean(values)
+    short = mean - published if lower else published - mean
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    if short <= 0:
+        return "reached"
+    return "within spread" if short <= spread else f"missed by {short:.2g}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    digits = 4 if abs(mean) < 10 else 2
+    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _slug(name: str) -> str:
+    words = "".join(letter if letter.isalnum() else " " for letter in name.lower()).split()
+    return "-".join(words)
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"

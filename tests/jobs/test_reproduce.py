@@ -1,0 +1,51 @@
+"""The tables of results: every row composes, a short table runs, is gathered and rendered; goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hydra import initialize_config_module
+
+from distset.reproduce import collect, render
+from jobs.reproduce import TABLES, read_table
+
+NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
+SETTINGS = {"rows": None, "short": False, "paths": dict.fromkeys(
+    ("registry", "cells", "davis", "mnist", "fashion", "movies", "flags"), "data")}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_composes(name):
+    with initialize_config_module("conf", version_base="1.3"):
+        table = read_table(name, SETTINGS)
+    assert table.rows
+    assert set(table.lower) <= set(table.figures)
+    for row in table.rows:
+        assert set(row.published) <= set(table.figures)
+        assert row.command.startswith("python -m jobs.train")
+
+
+def test_a_short_table_is_gathered_rendered_and_not_trained_twice(tmp_path):
+    with initialize_config_module("conf", version_base="1.3"):
+        table = read_table("oracle_gaussian", {**SETTINGS, "rows": ["DiffMF"], "short": True})
+    gathered = collect(table, tmp_path / "runs", tmp_path / "results")
+    (row,) = gathered["rows"]
+    (path,) = (tmp_path / "runs").rglob("metrics.json")
+    assert row["values"]["jaccard"] == [json.loads(path.read_text())["test"]["jaccard"]]
+    assert row["steps"] == [2, 2]
+    before = path.stat().st_mtime_ns
+    assert collect(table, tmp_path / "runs", tmp_path / "results")["rows"] == [row]
+    assert path.stat().st_mtime_ns == before
+    render(tmp_path / "results", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert f"| DiffMF | {row['values']['jaccard'][0]:.4f} |" in page
+    assert "missed by" in page or "reached" in page
+
+
+def test_unknown_rows_are_refused():
+    with (
+        initialize_config_module("conf", version_base="1.3"),
+        pytest.raises(ValueError, match="rows: oracle_moons has no X"),
+    ):
+        read_table("oracle_moons", {**SETTINGS, "rows": ["X"]})
