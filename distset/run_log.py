@@ -1,7 +1,8 @@
-"""What a run writes while it works: ``metrics.jsonl``, TensorBoard, ``train.log``, a progress bar.
+"""What a run writes while it works: ``metrics.jsonl``, ``speed.jsonl``, TensorBoard, ``train.log``, a progress bar.
 
 Where a run goes on from a checkpoint, records after it are taken back: the files are written anew from the checkpoint's
-history, so that no step stands in them twice.
+history, so that no step stands in them twice. Times are no part of the history, which repeats bit for bit: they have a
+file of their own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class RunLog(Watch):
     def __init__(self, folder: str | Path, *, bar: bool = True) -> None:
         self.folder = Path(folder)
         self._bar = _Bar(enabled=bar and sys.stderr.isatty())
+        self._speed = _Speed(self.folder / "speed.jsonl")
         self._writer: Any = None
 
     def started(self, step: int, total: int, history: list[Record]) -> None:
@@ -55,17 +57,24 @@ class RunLog(Watch):
         write_atomically(self._metrics, "".join(map(_line, history)))
         shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
         self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for record in history:
+        for record in [*history, *self._speed.start(step)]:
             self._scalars(record)
         self._bar.start(step, total)
 
     def stepped(self, step: int, sets: int, elements: int, loss: float) -> None:
         self._bar.step(step, sets, elements, loss)
+        self._speed.read(sets, elements)
+
+    def paced(self, step: int, seconds: float, waited: float) -> None:
+        self._speed.took(seconds, waited)
 
     def recorded(self, record: Record) -> None:
         with open(self._metrics, "a") as file:
             file.write(_line(record))
         self._scalars(record)
+        if "train/loss" in record:
+            for speed in self._speed.write(record["step"]):
+                self._scalars(speed)
         figures = {key: value for key, value in record.items() if key.startswith("val/")}
         if figures:
             shown = ", ".join(f"{key.removeprefix('val/')} {value:.3f}" for key, value in figures.items())
@@ -105,6 +114,49 @@ class RunLog(Watch):
         for key, value in record.items():
             if key not in ("step", "epoch"):
                 self._writer.add_scalar(key, value, int(record["step"]))
+
+
+class _Speed:
+    """Lines of ``speed.jsonl``: means over the steps since the line before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._steps, self._sets, self._elements = 0, 0, 0
+        self._seconds, self._waited = 0.0, 0.0
+
+    def start(self, step: int) -> list[Record]:
+        """Take back what came after ``step``; returns what stays."""
+        self._clear()
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [record for record in map(json.loads, lines) if record["step"] <= step]
+        write_atomically(self.path, "".join(map(_line, kept)))
+        return kept
+
+    def read(self, sets: int, elements: int) -> None:
+        self._sets, self._elements = self._sets + sets, self._elements + elements
+
+    def took(self, seconds: float, waited: float) -> None:
+        self._steps, self._seconds, self._waited = self._steps + 1, self._seconds + seconds, self._waited + waited
+
+    def write(self, step: float) -> list[Record]:
+        """Write the line of ``step``, and return it; nothing where no step was timed."""
+        if not self._steps:
+            return []
+        record = {
+            "step": step,
+            "speed/step_seconds": self._seconds / self._steps,
+            "speed/input_wait_seconds": self._waited / self._steps,
+            "speed/sets_per_second": self._sets / self._seconds,
+            "speed/elements_per_second": self._elements / self._seconds,
+        }
+        with open(self.path, "a") as file:
+            file.write(_line(record))
+        self._clear()
+        return [record]
+
+    def _clear(self) -> None:
+        self._steps, self._sets, self._elements = 0, 0, 0
+        self._seconds, self._waited = 0.0, 0.0
 
 
 class _Bar:

@@ -35,6 +35,7 @@ README = """# A training run of distset
 | `versions.json` | Python and packages at the first start |
 | `train.log` | messages, with the time |
 | `metrics.jsonl` | a line a record: `step`, `epoch`, `train/...` (loss since the one before, rate, gradient) or `val/...` |
+| `speed.jsonl` | seconds a step, sets and elements a second, seconds a step that were waited for elements from the disk |
 | `tensorboard/` | the same figures: `tensorboard --logdir .` |
 | `checkpoints/last/` | all that the run needs to go on: model, optimiser, progress, best weights so far, history |
 | `checkpoints/best/` | the weights of the best validation metric, and how to rebuild the model |

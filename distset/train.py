@@ -39,6 +39,7 @@ from distset.checkpoints import Checkpoints, check_weights
 from distset.optim import Optimisation
 from distset.seeds import generator_for, seed_for, seeded
 from distset.sets import ChunkedSet
+from distset.waiting import Stopwatch
 
 __all__ = ["BatchTask", "Example", "Fitted", "Parts", "Plan", "Task", "Watch", "Watches", "World", "fit", "predict_all"]
 
@@ -218,6 +219,9 @@ class Watch:
     def stepped(self, step: int, sets: int, elements: int, loss: float) -> None:
         """``step`` steps are done; the last one read ``sets`` sets of ``elements`` elements over all processes."""
 
+    def paced(self, step: int, seconds: float, waited: float) -> None:
+        """Step ``step`` took this process ``seconds``, ``waited`` of them for elements; no part of the history."""
+
     def recorded(self, record: Record) -> None:
         """A line of the history: training loss and rate, or validation metrics."""
 
@@ -235,6 +239,10 @@ class Watches(Watch):
     def stepped(self, step: int, sets: int, elements: int, loss: float) -> None:
         for watch in self.watches:
             watch.stepped(step, sets, elements, loss)
+
+    def paced(self, step: int, seconds: float, waited: float) -> None:
+        for watch in self.watches:
+            watch.paced(step, seconds, waited)
 
     def recorded(self, record: Record) -> None:
         for watch in self.watches:
@@ -294,7 +302,11 @@ def fit(
         raise ValueError("checkpoint: the workers found different ones; keep them in storage that every worker sees")
     watch.started(loop.step, loop.total, loop.history)
     while loop.step < loop.total and not loop.stopped:
-        watch.stepped(loop.step + 1, *loop.train_step())
+        clock = Stopwatch()
+        sets, elements, loss = loop.train_step()
+        seconds, waited = clock.read()
+        watch.stepped(loop.step, sets, elements, loss)
+        watch.paced(loop.step, seconds, waited)
         fresh = [record for record in (loop.log(), loop.evaluate()) if record]
         loop.history.extend(fresh)
         for record in fresh:

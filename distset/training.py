@@ -183,11 +183,12 @@ def _on_cluster(process: Callable[..., Any], config: Config, run: RunFolder, wat
     from distset.cluster.storage import StorageCheckpoints
     from distset.cluster.train import train_on_ray
 
+    name = "/".join(run.path.parts[-2:])
     log.info("starting %d worker%s of Ray", cluster.workers, "s" * (cluster.workers > 1))
     if cluster.storage is None:
-        return train_on_ray(functools.partial(process, config, checkpoints), cluster, watch=watch)
+        return train_on_ray(functools.partial(process, config, checkpoints), cluster, watch=watch, name=name)
     remote = StorageCheckpoints(cluster.storage)
     remote.check()
-    outcome = train_on_ray(functools.partial(process, config, remote), cluster, watch=watch)
+    outcome = train_on_ray(functools.partial(process, config, remote), cluster, watch=watch, name=name)
     remote.fetch(run.checkpoints)
     return outcome

@@ -37,6 +37,29 @@ def test_going_on_takes_back_what_came_after_the_checkpoint(tmp_path, capsys):
     assert "goes on at step 2 of 4" in (tmp_path / "train.log").read_text()
 
 
+def test_speed_has_a_file_of_its_own_which_is_taken_back_too(tmp_path):
+    with RunLog(tmp_path, bar=False) as log:
+        log.started(0, 4, [])
+        for step in (1, 2, 3, 4):
+            log.stepped(step, 8, 4000, 0.5)
+            log.paced(step, 0.5, 0.1 * step)
+            if step % 2 == 0:
+                log.recorded({"step": step, "epoch": step / 2, "train/loss": 0.5})
+        log.started(3, 4, [])
+        log.recorded({"step": 3, "epoch": 1.5, "train/loss": 0.5})  # nothing was timed since
+    (line,) = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    assert line == pytest.approx(
+        {
+            "step": 2,
+            "speed/step_seconds": 0.5,
+            "speed/input_wait_seconds": 0.15,
+            "speed/sets_per_second": 16.0,
+            "speed/elements_per_second": 8000.0,
+        }
+    )
+    assert scalars(tmp_path)["speed/elements_per_second"] == [(2, 8000.0)]
+
+
 def test_an_error_is_in_the_log_file(tmp_path, capsys):
     with pytest.raises(KeyError), RunLog(tmp_path, bar=False):
         raise KeyError("gone")

@@ -54,6 +54,9 @@ class MailboxWatch(Watch):
     def stepped(self, step: int, sets: int, elements: int, loss: float) -> None:
         self._post("stepped", (step, sets, elements, loss))
 
+    def paced(self, step: int, seconds: float, waited: float) -> None:
+        self._post("paced", (step, seconds, waited))
+
     def recorded(self, record: Record) -> None:
         self._post("recorded", (record,), at_once="val/loss" in record)
 

@@ -18,9 +18,10 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from distset.cluster.config import Cluster
+from distset.cluster.metrics import Metrics
 from distset.cluster.progress import Mailbox, MailboxWatch, Postman
 from distset.cluster.resources import require_workers
-from distset.train import Record, Watch
+from distset.train import Record, Watch, Watches
 from distset.versions import differences, installed
 
 __all__ = ["Process", "check_versions", "start_ray", "train_on_ray"]
@@ -58,7 +59,7 @@ def start_ray(cluster: Cluster) -> None:
             )
 
 
-def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = None) -> Any:
+def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = None, name: str = "run") -> Any:
     """Run ``process`` on the cluster's workers; returns what rank 0 returned.
 
     Args:
@@ -66,6 +67,7 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
             error that it raises ends the run; only lost workers (and what their loss does to others) are tried again.
         cluster: see `Cluster`; of at least one worker.
         watch: told, in this process, what rank 0 tells its own.
+        name: of the run, a label of its metrics (`distset.cluster.metrics`).
 
     Raises:
         ValueError: where ``process`` raised one; where the cluster has no room for the workers (`require_workers`); where a
@@ -75,10 +77,11 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
     start_ray(cluster)
     require_workers(cluster)
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    job = {"process": process, "mailbox": mailbox, "name": name, "versions": installed()}
     try:
         # Ray Train wants a folder for checkpoints; ours are kept by fit(), see docs/decisions.md.
         with tempfile.TemporaryDirectory() as unused, Postman(mailbox, watch or Watch()):
-            result = _trainer(process, mailbox, cluster, unused).fit().return_value
+            result = _trainer(job, cluster, unused).fit().return_value
     except TrainingFailedError as error:
         if ray.get(mailbox.failed.remote()) is None:
             raise RuntimeError(f"cluster: training failed after {cluster.max_failures} restarts: {_cause(error)}") from error
@@ -90,11 +93,11 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
     return result
 
 
-def _trainer(process: Process, mailbox: Any, cluster: Cluster, storage: str) -> Any:
+def _trainer(job: dict[str, Any], cluster: Cluster, storage: str) -> Any:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(cluster.check_seconds))
     return TorchTrainer(
         _work,  # type: ignore[arg-type]  # may return a value, says the documentation of Result.return_value
-        train_loop_config={"process": process, "mailbox": mailbox, "versions": installed()},
+        train_loop_config=job,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus}
@@ -113,10 +116,10 @@ def _work(job: dict[str, Any]) -> Any:
     if ray.get(mailbox.failed.remote()):
         return None
     rank = context.get_world_rank()
-    watch = _Reporting(mailbox) if rank == 0 else _Reporting(None)
+    report = _Reporting(mailbox if rank == 0 else None)
     try:
         check_versions(job["versions"])
-        result = job["process"](watch=watch, device=device)
+        result = job["process"](watch=Watches(report, Metrics(job["name"], rank)), device=device)
     except Exception as error:
         if isinstance(error, ValueError):
             ray.get(mailbox.fail.remote("ValueError", str(error)))
@@ -127,7 +130,7 @@ def _work(job: dict[str, Any]) -> Any:
         raise  # the others may wait in a collective: Ray ends them
     if rank != 0:
         return None
-    watch.flush()
+    report.flush()
     return result
 
 

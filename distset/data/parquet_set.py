@@ -21,6 +21,7 @@ from distset.data.images import decode
 from distset.data.mapped import MappedRows
 from distset.data.schema import DTYPES
 from distset.sets import Chunk, ChunkedSet, chunk_bounds
+from distset.waiting import counted, page_in
 
 __all__ = ["ParquetSet", "SetRecord"]
 
@@ -96,7 +97,7 @@ class ParquetSet(ChunkedSet):
 
     def map(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Iterator[Any]:
         ids = range(self.num_chunks) if ids is None else ids
-        for chunk in (self._sweep_images if self.encoding == "files" else self._sweep_raw)(ids):
+        for chunk in counted((self._sweep_images if self.encoding == "files" else self._sweep_raw)(ids)):
             yield fn(chunk, *args)
 
     def coords(self) -> Tensor | None:
@@ -136,7 +137,7 @@ class ParquetSet(ChunkedSet):
 
     def _mapped(self, index: int, rows: MappedRows) -> Chunk:
         start, stop = self.bounds[index], self.bounds[index + 1]
-        return Chunk(rows.read(start, stop), None, index, start, self.element_ndim)
+        return Chunk(page_in(rows.read(start, stop)), None, index, start, self.element_ndim)
 
     def _decoded(self, index: int, decoders: Executor | None = None) -> Chunk:
         start, stop = self.bounds[index], self.bounds[index + 1]
