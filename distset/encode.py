@@ -34,7 +34,7 @@ from distset.seeds import generator_for, seed_for, seeded
 from distset.sets import Chunk, ChunkedSet
 from distset.states import State, merge_tree
 
-__all__ = ["Exact", "Full", "Gradient", "Sampled", "Subset", "encode_set", "encode_state"]
+__all__ = ["Exact", "Full", "Gradient", "Sampled", "Subset", "Sweep", "encode_set", "encode_state"]
 
 Picks = dict[int, float]
 """Chunk index -> weight of its gradient."""
@@ -232,7 +232,7 @@ def encode_state(
         seed = int(torch.randint(2**62, ()).item()) if encoder.training else 0
     query = encoder.query(set.batch_shape, generator_for(seed, "query"), condition)
     inputs = _Inputs.of(encoder, query)
-    sweep = _Sweep(encoder, inputs.detached(), seed, _Precision.current(inputs))
+    sweep = Sweep(encoder, inputs.detached(), seed, _Precision.current(inputs))
     if not torch.is_grad_enabled() or not inputs.differentiable:
         return _merged(set, sweep), query
     if isinstance(grad, Full):
@@ -272,8 +272,12 @@ class _Precision(NamedTuple):
         return torch.autocast(kind, dtype=self.autocast, cache_enabled=False)
 
 
-class _Sweep(NamedTuple):
-    """Everything a chunk needs beside its elements; what a sweep sends to where the chunks live."""
+class Sweep(NamedTuple):
+    """Everything a chunk needs beside its elements; what a sweep sends to where the chunks live.
+
+    The same object serves the sweep forward and the replay backward, and nothing in it changes in between: sets elsewhere
+    may send it once.
+    """
 
     encoder: nn.Module
     query: Any
@@ -311,18 +315,18 @@ class _Weighed(NamedTuple):
         return _Weighed(self.state.merge(other.state), torch.cat([self.log_mass, other.log_mass]))
 
 
-def _chunk_state(chunk: Chunk, sweep: _Sweep) -> Any:
+def _chunk_state(chunk: Chunk, sweep: Sweep) -> Any:
     """The state of one chunk, without a graph."""
     with torch.no_grad():
         return _state(chunk, sweep)
 
 
-def _chunk_weighed(chunk: Chunk, sweep: _Sweep) -> _Weighed:
+def _chunk_weighed(chunk: Chunk, sweep: Sweep) -> _Weighed:
     state = _chunk_state(chunk, sweep)
     return _Weighed(state, state.log_mass().reshape(1, -1))
 
 
-def _state(chunk: Chunk, sweep: _Sweep) -> Any:
+def _state(chunk: Chunk, sweep: Sweep) -> Any:
     chunk = sweep.precision.place(chunk)
     with sweep.precision.context():
         if not sweep.encoder.training:
@@ -332,7 +336,7 @@ def _state(chunk: Chunk, sweep: _Sweep) -> Any:
 
 
 def _chunk_vjp(
-    chunk: Chunk, sweep: _Sweep, total: State, picks: Picks, cotangents: tuple[Tensor, ...]
+    chunk: Chunk, sweep: Sweep, total: State, weights: Picks | float, cotangents: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """The chunk's share of the gradient: its re-based state's vector-Jacobian product, times its weight."""
     if chunk.elements.requires_grad:
@@ -341,7 +345,7 @@ def _chunk_vjp(
             "inside the encoder (see Features), where Exact() and Sampled() reach it"
         )
     leaves = _Inputs.of(sweep.encoder, sweep.query).differentiable
-    weight = picks[chunk.id]
+    weight = weights[chunk.id] if isinstance(weights, dict) else weights
     with torch.enable_grad():
         sums = _state(chunk, sweep).summands(total)
     pairs = [(s, weight * c) for s, c in zip(sums, cotangents) if s.requires_grad]
@@ -358,7 +362,7 @@ class _Replay(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, set: ChunkedSet, sweep: _Sweep, total: Any, picks: Picks, *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, set: ChunkedSet, sweep: Sweep, total: Any, picks: Picks, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
         ctx.job = (set, sweep, total, picks)
         return tuple(tensor.clone() for tensor in total.summands(total))
@@ -368,11 +372,13 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors  # raises where a parameter was changed in place since the forward sweep
         set, sweep, total, picks = ctx.job
-        grads = set.sum(_chunk_vjp, sweep, total, picks, cotangents, ids=list(picks))
+        alike = len({*picks.values()}) == 1  # then one number goes to the chunks, however many they are
+        weights = next(iter(picks.values())) if alike else picks
+        grads = set.sum(_chunk_vjp, sweep, total, weights, cotangents, ids=list(picks))
         return (None, None, None, None, *grads)
 
 
-def _forward(set: ChunkedSet, sweep: _Sweep, grad: Gradient, generator: torch.Generator) -> tuple[Picks, Any]:
+def _forward(set: ChunkedSet, sweep: Sweep, grad: Gradient, generator: torch.Generator) -> tuple[Picks, Any]:
     """Sweep the chunks without a graph and draw the ones to replay."""
     if isinstance(grad, Subset):
         picks = grad.picks(set.num_chunks, generator)
@@ -384,7 +390,7 @@ def _forward(set: ChunkedSet, sweep: _Sweep, grad: Gradient, generator: torch.Ge
     return picks, _merged(set, sweep)
 
 
-def _merged(set: ChunkedSet, sweep: _Sweep) -> Any:
+def _merged(set: ChunkedSet, sweep: Sweep) -> Any:
     """The state of the whole set without a graph; small chunks go together where the encoder says that it may be."""
     sizes, block = set.sizes, getattr(sweep.encoder, "block", 0)
     if sweep.precision.device is not None and sweep.precision.device.type == "cuda":
@@ -395,7 +401,7 @@ def _merged(set: ChunkedSet, sweep: _Sweep) -> Any:
     return (set if factor == 1 else set.coarser(factor)).merge(_chunk_state, sweep)
 
 
-def _full(set: ChunkedSet, sweep: _Sweep) -> Any:
+def _full(set: ChunkedSet, sweep: Sweep) -> Any:
     """Every chunk's state with its graph; the value is that of the merge tree."""
     states = list(set.map(_state, sweep))
     total = merge_tree(_map_tensors(Tensor.detach, state) for state in states)

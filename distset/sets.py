@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distset.states import merge_tree
 
-__all__ = ["Chunk", "ChunkedSet", "InMemory", "chunk_bounds", "pad_sets"]
+__all__ = ["Chunk", "ChunkedSet", "InMemory", "add_into", "chunk_bounds", "pad_sets"]
 
 
 class Chunk(NamedTuple):
@@ -83,7 +83,7 @@ class ChunkedSet(ABC):
         """The tuples of tensors ``fn(chunk, *args)`` added up one by one; None counts as zero."""
         total: list[Tensor | None] | None = None
         for part in self.map(fn, *args, ids=ids):
-            total = _add_into([None] * len(part) if total is None else total, part)
+            total = add_into([None] * len(part) if total is None else total, part)
         assert total is not None, "a set has at least one chunk"
         return total
 
@@ -228,7 +228,8 @@ def _check_bounds(bounds: Sequence[int], size: int) -> list[int]:
     return list(bounds)
 
 
-def _add_into(total: list[Tensor | None], part: Sequence[Tensor | None]) -> list[Tensor | None]:
+def add_into(total: list[Tensor | None], part: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Add a tuple of tensors to ``total`` in place, one by one; None counts as zero."""
     for i, new in enumerate(part):
         old = total[i]
         if new is not None:

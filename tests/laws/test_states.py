@@ -5,7 +5,7 @@ import torch
 from laws.zoo import DIM, encoders
 
 from distset import InMemory
-from distset.encode import _chunk_state, _Inputs, _Precision, _Sweep
+from distset.encode import _chunk_state, _Inputs, _Precision, Sweep
 from distset.seeds import generator_for
 from distset.states import Max, Mean, Product, Softmax, Sum, TopK, merge_nodes, merge_siblings, merge_tree
 from distset.testing import check_state
@@ -76,6 +76,6 @@ def test_states_of_real_encoders(name):
     encoder = encoders()[name].double().eval()
     query = encoder.query(torch.Size(), generator_for(0), None)
     inputs = _Inputs.of(encoder, query)
-    sweep = _Sweep(encoder, inputs.detached(), 0, _Precision.current(inputs))
+    sweep = Sweep(encoder, inputs.detached(), 0, _Precision.current(inputs))
     parts = list(InMemory(torch.randn(8, DIM, dtype=torch.float64), 2).map(_chunk_state, sweep))
     assert check_state(parts) <= 1e-10
