@@ -365,7 +365,7 @@ class _Loop:
         self.world.add_up([*(p.grad for p in self.parameters if p.grad is not None), tally])
         loss, elements = tally.tolist()
         self._check_finite("loss", loss, indices)
-        norm = self.optimisation.step(self.optimiser, self.optimisation.rate(self.step, self.total))
+        norm = self.optimisation.step(self.optimiser, self.step, self.total)
         self.norm = float(norm)
         self._check_finite("gradient's norm", self.norm, indices)
         self.step += 1
@@ -441,7 +441,8 @@ class _Loop:
         }
 
     def load_state(self, saved: dict[str, Any]) -> None:
-        now, then = self._settings(), saved["plan"]
+        done = saved["progress"]["step"]
+        now, then = _until(self._settings(), done), _until(saved["plan"], done)
         changed = [f"{key} {then.get(key)!r} -> {now[key]!r}" for key in now if then.get(key) != now[key]]
         if changed:
             raise ValueError(
@@ -472,6 +473,11 @@ class _Loop:
                 f"loss: the {what} is {value} at step {self.step + 1} (sets {names}); lower optim.lr, set optim.clip, or "
                 f"look for extreme values in these sets"
             )
+
+
+def _until(settings: dict[str, Any], step: int) -> dict[str, Any]:
+    """The settings as far as the steps before ``step`` (from 0) knew them: what is changed later may differ."""
+    return {**settings, "changes": [change for change in settings.get("changes", []) if change["step"] < step]}
 
 
 def _autocast(model: nn.Module, precision: str) -> torch.autocast:

@@ -281,3 +281,42 @@ def test_half_a_checkpoint_is_never_taken_for_a_whole_one(tmp_path):
     fit(task, bags, bags[:6], plan=PLAN, checkpoints=Checkpoints(tmp_path))
     assert same(task.model.state_dict(), whole.model.state_dict())
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_figures_may_change_on_the_way_but_not_the_past(tmp_path):
+    """A run that takes up a change at a step ends as one that had it written down from the start."""
+    bags, plan = make_bags(), Plan(epochs=4, batch=4, checkpoint_every=1)
+    change = {"step": 5, "lr": 0.02, "weight_decay": 0.3, "clip": 0.5}
+    checkpoints = Checkpoints(tmp_path / "run")
+
+    def run(*changes, stop: int | None = None, folder: Path = tmp_path / "run") -> dict:
+        task, watch = make_task(), None if stop is None else StopAt(stop)
+        recipe = Optimisation(lr=0.01, clip=1.0, schedule="constant", changes=changes)
+        fit(task, bags, plan=plan, optimisation=recipe, checkpoints=Checkpoints(folder), watch=watch)
+        return task.model.state_dict()
+
+    with pytest.raises(Stop):
+        run(stop=6)
+    assert checkpoints.load()["progress"]["step"] == 5
+    with pytest.raises(ValueError, match=r"changes \[\] -> \[{'step': 4, 'lr': 0.5}\]"):
+        run({"step": 4, "lr": 0.5})
+    changed = run(change)
+    assert checkpoints.load()["optimiser"]["param_groups"][0]["weight_decay"] == 0.3
+    assert same(changed, run(change, folder=tmp_path / "whole"))
+    assert not same(changed, run(folder=tmp_path / "unchanged"))
+    rates = [Optimisation(lr=0.1, schedule="constant", changes=[change]).rate(step, 12) for step in (4, 5, 11)]
+    assert rates == [0.1, 0.02, 0.02]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{"step": 1, "warmup": 0.1}], r"changes\[0\]: got warmup, wanted a step and any of lr, weight_decay, clip"),
+        ([{"lr": 0.1}], r"changes\[0\].step: got None"),
+        ([{"step": 4, "lr": 0.1}, {"step": 2, "lr": 0.2}], r"changes\[1\].step: got 2 after 4, wanted rising steps"),
+        ([{"step": 1, "lr": -0.1}], r"changes\[0\].lr: got -0.1, wanted a positive rate"),
+    ],
+)
+def test_changes_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Optimisation(changes=changes)
