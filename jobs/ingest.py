@@ -1,7 +1,7 @@
 """Bring bags into a store: ``python -m jobs.ingest source=FORMAT source.path=FOLDER labels.path=TABLE store=STORE``.
 
 A killed ingest goes on with the same command; a finished one says so. With other labels or splits and the same source, only
-the index is written again.
+the index is written again. Slides are cut by ``cluster=local cluster.workers=N`` workers of Ray, or in this process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 from tqdm import tqdm
 
 from distset.build import build
-from distset.data import Store, ingest
+from distset.cluster.config import Cluster
+from distset.data import Store, ingest, ingest_parts
+from distset.data.parts import in_process
 from jobs._common import job
 
 
@@ -46,16 +48,16 @@ def main(config: dict[str, Any]) -> None:
     progress = Progress(config["bar"])
     labels = config["labels"]
     try:
-        store = ingest(
+        store = run(
             build(config["source"], "source"),
-            Path(config["store"]),
+            config,
             labels=build(labels, "labels") if labels["path"] is not None else None,
             missing=config["missing"],
             classes=config["classes"],
             splits=build(config["splits"], "splits"),
             seed=config["seed"],
             dtype=config["dtype"],
-            told=config["source"],
+            told=told(config["source"]),
             progress=progress,
         )
     finally:
@@ -63,6 +65,33 @@ def main(config: dict[str, Any]) -> None:
     if config["verify"]:
         print(f"{sum(1 for _ in store.verify())} sets are whole")
     print(summary(store))
+
+
+def run(source: Any, config: dict[str, Any], **how: Any) -> Store:
+    """Sets that are much work each are written to files of their own, by any number of workers; others one after another."""
+    cluster: Cluster = build(config["cluster"], "cluster")
+    if not getattr(source, "apart", False):
+        if cluster.workers:
+            raise ValueError(
+                f"cluster.workers: got {cluster.workers}, but these sets are read as fast as they are written; use "
+                f"cluster=none (workers are for slides)"
+            )
+        return ingest(source, Path(config["store"]), **how)
+    runner = in_process
+    if cluster.workers:
+        from distset.cluster.ingestion import RayRunner
+
+        runner = RayRunner(cluster)
+    return ingest_parts(
+        source, Path(config["store"]), runner=runner, on_error=config["on_error"], retry=config["retry"], **how
+    )
+
+
+def told(source: Any) -> Any:
+    """The source's description without what does not change a byte: a start with other threads goes on."""
+    if isinstance(source, dict):
+        return {key: told(value) for key, value in source.items() if key not in ("threads", "device")}
+    return source
 
 
 def summary(store: Store) -> str:
@@ -75,6 +104,8 @@ def summary(store: Store) -> str:
         f"labels: {counts}",
         f"elements a set: {sizes[0]:,} to {sizes[-1]:,}, median {sizes[len(sizes) // 2]:,}",
     ]
+    if (manifest := store.path / "manifest.csv").exists():
+        lines.append(f"what became of each, and why: {manifest}")
     if store.splits:
         folds = store.folds()
         parts = ", ".join(f"{len(ids)} {part}" for part, ids in folds[0]._asdict().items())

@@ -4,6 +4,7 @@ from distset.data.bag import Bag, Source
 from distset.data.ingestion import ingest
 from distset.data.labels import Labelled, label_table
 from distset.data.parquet_set import ParquetSet, SetRecord
+from distset.data.parts import ingest_parts
 from distset.data.schema import StoreInfo
 from distset.data.splits import Split, SplitPlan, check_split, make_splits
 from distset.data.store import Store
@@ -25,6 +26,7 @@ __all__ = [
     "check_split",
     "gaussian_bags",
     "ingest",
+    "ingest_parts",
     "label_table",
     "make_splits",
     "write_store",

@@ -12,7 +12,7 @@ from torch import Tensor
 from distset.data.schema import DTYPES
 from distset.data.splits import Split
 
-__all__ = ["Bag", "Encoded", "Source", "raw_rows"]
+__all__ = ["Bag", "Encoded", "NothingToStore", "Source", "raw_rows"]
 
 
 class Bag(NamedTuple):
@@ -60,6 +60,10 @@ class Encoded(Protocol):
     def __len__(self) -> int: ...
 
     def take(self, positions: Sequence[int]) -> list[bytes]: ...
+
+
+class NothingToStore(ValueError):
+    """What was read is whole and has no elements, such as a slide without tissue."""
 
 
 def dtype_name(dtype: Any) -> str:

@@ -19,7 +19,7 @@ from distset.data.splits import Split, SplitPlan, check_split, make_splits
 from distset.data.store import Store
 from distset.data.writer import StoreWriter
 
-__all__ = ["ingest"]
+__all__ = ["Plan", "ingest", "is_finished", "made_splits", "plan_ingest"]
 
 
 class Plan(NamedTuple):
@@ -75,21 +75,34 @@ def ingest(
         ['test-0000', 'test-0001']
     """
     path = Path(path)
-    plan = _plan(source, labels, missing, classes, splits, {**(told or {}), "dtype": dtype}, seed)
-    if (path / schema.INFO).exists():
-        info = StoreInfo.load(path / schema.INFO)
-        if (info.source, info.seed) != (plan.told, seed):
-            raise ValueError(f"path: {path} is a finished store of another source or seed; choose another path or delete it")
-        if info.about == plan.about:
-            return Store(path)
-        (path / schema.INFO).unlink()  # only labels or splits differ: the shards stay
+    plan = plan_ingest(source, labels, missing, classes, splits, {**(told or {}), "dtype": dtype}, seed)
+    if is_finished(path, plan, seed):
+        return Store(path)
     with StoreWriter(path, seed=seed, dtype=dtype, source=plan.told) as writer:
         _write(writer, source, plan.ids, progress)
-        folds = plan.given or _made(plan.labels or writer.said(), splits, seed)
+        folds = plan.given or made_splits(plan.labels or writer.said(), splits, seed)
         return writer.finish(labels=plan.labels, classes=classes, splits=folds, about=plan.about)
 
 
-def _plan(
+def is_finished(path: Path, plan: Plan, seed: int, *, keep: bool = True) -> bool:
+    """Whether the folder holds what is planned. Where labels or splits alone differ (or it is not to be kept), the store
+    becomes an unfinished one whose shards stay.
+
+    Raises:
+        ValueError: for a finished store of another source or seed.
+    """
+    if not (path / schema.INFO).exists():
+        return False
+    info = StoreInfo.load(path / schema.INFO)
+    if (info.source, info.seed) != (plan.told, seed):
+        raise ValueError(f"path: {path} is a finished store of another source or seed; choose another path or delete it")
+    if info.about == plan.about and keep:
+        return True
+    (path / schema.INFO).unlink()
+    return False
+
+
+def plan_ingest(
     source: Source,
     table: Mapping[str, Labelled] | None,
     missing: str,
@@ -98,6 +111,7 @@ def _plan(
     told: Mapping[str, Any],
     seed: int,
 ) -> Plan:
+    """Check all that can be checked before the first bag is read; see `ingest`."""
     ids, labels = _checked_ids(source), None
     if table is not None:
         labels = match_labels(table, ids, missing)
@@ -108,7 +122,7 @@ def _plan(
         for number, split in enumerate(given):
             check_split(split, {set_id: labelled.case_id for set_id, labelled in labels.items()}, f"splits, fold {number}")
         if not given:
-            _made(labels, splits, seed)
+            made_splits(labels, splits, seed)
     made = {"folds": splits.folds, "val": splits.val, "test": splits.test}
     about = {"labels": _digest(labels), "classes": classes, "splits": _digest(given) if given else made}
     return Plan(ids, labels, given, _plain({**told, "sets": _digest(ids)}), _plain(about))
@@ -137,7 +151,7 @@ def _write(
         report(number + 1, len(ids), len(bag.elements))
 
 
-def _made(labels: Mapping[str, Labelled], plan: SplitPlan, seed: int) -> list[Split]:
+def made_splits(labels: Mapping[str, Labelled], plan: SplitPlan, seed: int) -> list[Split]:
     """Splits from the labels; none where there are no labels, or none are wanted."""
     known = {set_id: labelled.label for set_id, labelled in labels.items() if labelled.label is not None}
     if not known or plan.folds == 0:

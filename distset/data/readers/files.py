@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from distset.data.bag import Bag
+from distset.data.bag import Bag, NothingToStore
 from distset.data.splits import Split
+from distset.files import DiskFull
 
 __all__ = ["FileSource", "bag_files", "naming"]
 
@@ -66,8 +67,10 @@ def naming(file: Path) -> Iterator[None]:
     """Raise what is wrong with a file as a ValueError that names it."""
     try:
         yield
-    except (ImportError, MemoryError):
+    except (ImportError, MemoryError, DiskFull):
         raise
+    except NothingToStore as error:
+        raise NothingToStore(f"{file}: {error}") from error
     except Exception as error:  # a foreign file makes its parser raise anything
         if str(file) in str(error):
             raise ValueError(str(error)) from error
