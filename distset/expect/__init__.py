@@ -2,11 +2,21 @@
 
 from distset.expect.baselines import Baseline, LeaveOneOut, NoBaseline, Past, Ridge, Tangent
 from distset.expect.estimator import Estimator, describe
-from distset.expect.rivals import IMLE, NCPSS, AdaptiveTarget, FixedTarget, GumbelSoftmax, Simple, StraightThrough
+from distset.expect.rivals import (
+    IMLE,
+    NCPSS,
+    AdaptiveTarget,
+    FixedTarget,
+    GumbelScore,
+    GumbelSoftmax,
+    Simple,
+    StraightThrough,
+)
 from distset.expect.score import ScoreFunction
 from distset.expect.verb import expect
 
 __all__ = [
-    "IMLE", "NCPSS", "AdaptiveTarget", "Baseline", "Estimator", "FixedTarget", "GumbelSoftmax", "LeaveOneOut", "NoBaseline",
-    "Past", "Ridge", "ScoreFunction", "Simple", "StraightThrough", "Tangent", "describe", "expect",
+    "IMLE", "NCPSS", "AdaptiveTarget", "Baseline", "Estimator", "FixedTarget", "GumbelScore", "GumbelSoftmax",
+    "LeaveOneOut", "NoBaseline", "Past", "Ridge", "ScoreFunction", "Simple", "StraightThrough", "Tangent", "describe",
+    "expect",
 ]  # fmt: skip

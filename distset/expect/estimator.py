@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distset.subsets import KSubset
 
@@ -31,20 +31,25 @@ class Estimator(ABC):
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
         """The mean of f, ``(*)``, carrying the gradient."""
 
+    def learned(self) -> nn.ModuleList:
+        """What it carries from step to step; a model that holds this saves it with its weights."""
+        return nn.ModuleList()
+
 
 class Function:
-    """``f`` with its values checked: ``z (S, *, n) -> (S, *)``."""
+    """``f`` with its values checked: ``z (S, *, n) -> (S, *)``, without the last ``joint`` dimensions of ``*``."""
 
-    def __init__(self, f: Callable[[Tensor], Any]) -> None:
-        self.f = f
+    def __init__(self, f: Callable[[Tensor], Any], joint: int = 0) -> None:
+        self.f, self.joint = f, joint
 
     def __call__(self, z: Tensor) -> Tensor:
         found = self.f(z)
         values = found if isinstance(found, Tensor) else torch.as_tensor(found, device=z.device)
-        if values.shape != z.shape[:-1]:
+        wanted = z.shape[: -1 - self.joint]
+        if values.shape != wanted:
             raise ValueError(
                 f"f: returned shape {tuple(values.shape)} for subsets of shape {tuple(z.shape)}, wanted a value for each "
-                f"subset: {tuple(z.shape[:-1])}"
+                f"draw: {tuple(wanted)}"
             )
         if not values.is_floating_point():
             values = values.to(z.dtype)
@@ -94,7 +99,7 @@ def describe(estimators: Sequence[Estimator]) -> list[dict[str, str]]:
 
 
 def attach_gradient(value: Tensor, logits: Tensor, gradient: Tensor) -> Tensor:
-    """``value (*)`` whose derivative in ``logits`` is ``gradient (*, n)``, beside what it already depends on."""
+    """``value (*)`` whose derivative in ``logits`` is ``gradient (*, ..., n)``, beside what it already depends on."""
     return _Attached.apply(value, logits, gradient)
 
 
@@ -109,4 +114,5 @@ class _Attached(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         shape, dtype = ctx.like
         (gradient,) = ctx.saved_tensors
-        return grad, (grad.unsqueeze(-1) * gradient).sum_to_size(shape).to(dtype), None
+        aligned = grad.reshape(grad.shape + (1,) * (gradient.dim() - grad.dim()))
+        return grad, (aligned * gradient).sum_to_size(shape).to(dtype), None

@@ -1,6 +1,6 @@
 r"""The other gradients through a k-subset: relaxations, perturbations and straight-through estimators.
 
-All of them need a differentiable f, and all are biased; what each gives up is said by its attributes.
+All are biased, and all but `GumbelScore` need a differentiable f; what each gives up is said by its attributes.
 
 References:
     Xie, Ermon 2019, "Reparameterizable Subset Sampling via Continuous Relaxations", https://arxiv.org/abs/1901.10517.
@@ -8,6 +8,7 @@ References:
     Minervini, Franceschi, Niepert 2023, "Adaptive Perturbation-Based Gradient Estimation", https://arxiv.org/abs/2209.04862.
     Ahmed, Zeng, Niepert, Van den Broeck 2023, "SIMPLE: A Gradient Estimator for k-Subset Sampling",
     https://arxiv.org/abs/2210.01941.
+    Wijk, Vinuesa, Azizpour 2025, "SFESS: Score Function Estimators for k-Subset Sampling", ICLR (its published code).
     Pervez, Lippe, Gavves 2023, "Scalable Subset Sampling with Neural Conditional Poisson Networks", ICLR.
 """
 
@@ -16,15 +17,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distset.expect.estimator import Estimator, Function
+from distset.expect.estimator import Estimator, Function, attach_gradient
 from distset.noise import Noise, SumOfGamma
 from distset.subsets import KSubset, relaxed_top_k
 from distset.subsets.gumbel import perturbed, top_k
 from distset.subsets.quadrature import LogitRange, solve_tilt, tilted_moments
 
-__all__ = ["IMLE", "NCPSS", "AdaptiveTarget", "FixedTarget", "GumbelSoftmax", "Simple", "StraightThrough"]
+__all__ = [
+    "IMLE", "NCPSS", "AdaptiveTarget", "FixedTarget", "GumbelScore", "GumbelSoftmax", "Simple", "StraightThrough",
+]  # fmt: skip
 
 
 class GumbelSoftmax(Estimator):
@@ -53,6 +56,33 @@ class GumbelSoftmax(Estimator):
 
     def __repr__(self) -> str:
         return f"GumbelSoftmax(tau={self.tau}, hard={self.hard})"
+
+
+class GumbelScore(Estimator):
+    r"""SFESS with variance reduction as its published code has it: Gumbel top-k samples under the score of `KSubset`.
+
+    .. math:: \hat g = \frac1S \sum_s (f(z_s) - \bar f)\, z_s
+
+    The baseline is the mean of all samples, so that the gradient comes out (S - 1)/S of its size; the samples are not those
+    of the distribution whose score is taken. `ScoreFunction(LeaveOneOut())` is the same without either.
+
+    Raises:
+        ValueError: at use, for a k that differs between rows.
+    """
+
+    exact_samples, unbiased, needs_differentiable_f = False, False, False
+
+    def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
+        z = top_k(perturbed(_logits(subset).detach(), (num_samples,), _generator(subset, seed)), _one_k(subset))
+        values = f(z)
+        if not (torch.is_grad_enabled() and subset.logits.requires_grad):
+            return values.mean(0)
+        centred = (values - values.mean(0)).detach()
+        gradient = (centred.reshape(centred.shape + (1,) * (z.dim() - centred.dim())) * z).mean(0)
+        return attach_gradient(values.mean(0), subset.logits, gradient)
+
+    def __repr__(self) -> str:
+        return "GumbelScore()"
 
 
 class Simple(Estimator):
@@ -95,7 +125,7 @@ class NCPSS(Estimator):
         tau: temperature of the binary concrete relaxation.
 
     Raises:
-        ValueError: for a temperature that is not positive; at use, for infinite logits, or k of 0 or n.
+        ValueError: for a temperature that is not positive; at use, where the size of a subset leaves nothing to choose.
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, True
@@ -105,8 +135,12 @@ class NCPSS(Estimator):
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
         logits = _logits(subset)
-        if not bool(logits.isfinite().all()) or bool(((subset.k == 0) | (subset.k == subset.n)).any()):
-            raise ValueError("subset: NCPSS needs finite logits and 0 < k < n; use ScoreFunction()")
+        possible = (logits > -torch.inf).sum(-1)
+        if bool((logits == torch.inf).any() | (subset.k == 0).any() | (subset.k >= possible).any()):
+            raise ValueError(
+                "subset: NCPSS needs elements that are free to be chosen: no logits of +inf, and 0 < k < the number that "
+                "is not forced out; use ScoreFunction()"
+            )
         a = logits + calibrating_tilt(logits, subset.k).unsqueeze(-1)
         u = torch.rand(num_samples, *logits.shape, generator=_generator(subset, seed), device=a.device, dtype=a.dtype)
         relaxed = torch.sigmoid((a + torch.logit(u, eps=1e-7)) / self.tau)
@@ -138,10 +172,11 @@ class FixedTarget:
         return f"FixedTarget({self._strength})"
 
 
-class AdaptiveTarget:
+class AdaptiveTarget(nn.Module):
     """The strength grows until a sample's gradient has ``wanted`` non-zero entries on average [Minervini et al. 2023].
 
-    It is relative: ``beta |theta| / |slope|``, so that it does not depend on the scale of f.
+    It is relative: ``beta |theta| / |slope|`` (finite logits count), so that it does not depend on the scale of f. As a
+    module it is saved with a checkpoint.
 
     Args:
         wanted: non-zero entries a sample.
@@ -152,19 +187,26 @@ class AdaptiveTarget:
         ValueError: for values that are not positive, a momentum outside of [0, 1).
     """
 
+    beta: Tensor
+    found: Tensor
+
     def __init__(self, wanted: float = 1.0, *, step: float = 1e-3, momentum: float = 0.9) -> None:
+        super().__init__()
         self.wanted, self.step = _positive("wanted", wanted), _positive("step", step)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum: got {momentum}, wanted a number in [0, 1)")
-        self.momentum, self.beta, self.found = momentum, 0.0, 1.0
+        self.momentum = momentum
+        self.register_buffer("beta", torch.zeros(()))
+        self.register_buffer("found", torch.ones(()))
 
     def strength(self, logits: Tensor, slope: Tensor) -> Tensor:
-        return self.beta * logits.norm() / slope.norm().clamp_min(torch.finfo(slope.dtype).tiny)
+        size = logits.masked_fill(~logits.isfinite(), 0.0).norm()
+        return self.beta * size / slope.norm().clamp_min(torch.finfo(slope.dtype).tiny)
 
     def observe(self, gradient: Tensor) -> None:
-        found = float((gradient != 0).sum(-1).float().mean())
-        self.found = self.momentum * self.found + (1 - self.momentum) * found
-        self.beta = max(0.0, self.beta + (self.step if self.found < self.wanted else -self.step))
+        self.found += (1 - self.momentum) * ((gradient != 0).sum(-1).float().mean() - self.found)
+        self.beta += self.step if self.found < self.wanted else -self.step
+        self.beta.clamp_min_(0.0)
 
     def __repr__(self) -> str:
         return f"AdaptiveTarget(wanted={self.wanted})"
@@ -196,6 +238,9 @@ class IMLE(Estimator):
         shape = (num_samples, *logits.shape)
         drawn = noise.sample(shape, _generator(subset, seed), logits.dtype, logits.device)
         return f.differentiable(_ToTarget.apply(logits, drawn, k, self.target)).mean(0)
+
+    def learned(self) -> nn.ModuleList:
+        return nn.ModuleList([self.target] if isinstance(self.target, nn.Module) else [])
 
     def __repr__(self) -> str:
         return f"IMLE({self.target!r})"

@@ -9,7 +9,7 @@ References:
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distset.expect.baselines import Baseline, Ridge, Samples
 from distset.expect.estimator import Estimator, Function, attach_gradient, check_samples
@@ -49,19 +49,26 @@ class ScoreFunction(Estimator):
         gradient = score_gradient(values, z, subset, self.baseline, slopes)
         return attach_gradient(values.mean(0), subset.logits, gradient)
 
+    def learned(self) -> nn.ModuleList:
+        return nn.ModuleList([self.baseline] if isinstance(self.baseline, nn.Module) else [])
+
     def __repr__(self) -> str:
         return f"ScoreFunction({self.baseline!r})"
 
 
 @torch.no_grad()
 def score_gradient(values: Tensor, z: Tensor, subset: KSubset, baseline: Baseline, slopes: Tensor | None = None) -> Tensor:
-    """The gradient of ``E f`` in the logits, ``(*, n)``, from ``values (S, *)`` at ``z (S, *, n)``, float64."""
-    count, n = len(z), z.shape[-1]
+    """The gradient of ``E f`` in the logits, ``(*, n)``, from ``values (S, *)`` at ``z (S, *, n)``, float64.
+
+    Where a value belongs to several subsets, ``values`` lacks dimensions of ``*``: the baseline then sees them as one
+    vector, whose covariance is block by block that of the subsets.
+    """
+    count, rows = len(z), values[0].numel()
     z = z.detach().double()
     # A leave-one-out gradient is a covariance: any centre will do, and the mean of the samples keeps it small.
     centre = subset.inclusion_probabilities().double() if baseline.needs_inclusion else z.mean(0)
-    x = (z - centre).reshape(count, -1, n)
-    f = values.detach().double().reshape(count, -1)
+    x = (z - centre).reshape(count, rows, -1)
+    f = values.detach().double().reshape(count, rows)
     samples = Samples(f, x, None if slopes is None else slopes.detach().double().reshape(x.shape))
     surrogate = baseline.fit(samples)
     residual = f - surrogate.intercept
@@ -70,10 +77,10 @@ def score_gradient(values: Tensor, z: Tensor, subset: KSubset, baseline: Baselin
         assert surrogate.fold is not None, "slopes come with folds"
         share = torch.bincount(surrogate.fold, minlength=len(surrogate.slope)).to(x) / count
         mean_slope = (share.view(-1, 1, 1) * surrogate.slope).sum(0)
-        gradient = subset.covariance_product(mean_slope.view(*subset.batch_shape, n)).double().reshape(gradient.shape)
+        gradient = subset.covariance_product(mean_slope.view(z.shape[1:])).double().reshape(gradient.shape)
         for number, slope in enumerate(surrogate.slope):
             here = surrogate.fold == number
             residual[here] -= torch.linalg.vecdot(x[here], slope)
     gradient = gradient + torch.einsum("sb,sbn->bn", residual, x) / count
     baseline.update(samples)
-    return gradient.reshape(*subset.batch_shape, n)
+    return gradient.reshape(z.shape[1:])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import Independent
 
 from distset.expect.estimator import Estimator, Function, check_samples
 from distset.expect.score import ScoreFunction
@@ -16,7 +17,7 @@ __all__ = ["expect"]
 
 def expect(
     f: Callable[[Tensor], Any],
-    subset: KSubset,
+    subset: KSubset | Independent,
     num_samples: int,
     *,
     grad: Estimator | None = None,
@@ -30,7 +31,8 @@ def expect(
     Args:
         f: ``z (S, *, n) -> (S, *)``, a value for each subset; torch, numpy or anything that gives numbers. It must treat
             subsets one by one.
-        subset: the distribution, ``*`` its batch.
+        subset: the distribution, ``*`` its batch. ``Independent(KSubset(logits, k), r)`` is several subsets that f sees
+            together: the last r dimensions of the KSubset's batch belong to a draw, ``z (S, *, ..., n) -> (S, *)``.
         num_samples: S.
         grad: `ScoreFunction()` (default: exact samples, unbiased, nothing needed from f), `Simple()`, `GumbelSoftmax(tau)`,
             `IMLE(...)`, `NCPSS(tau)`, `StraightThrough()`.
@@ -56,7 +58,9 @@ def expect(
         >>> logits.grad.argmin().item(), logits.grad.argmax().item()
         (0, 5)
     """
-    if not isinstance(subset, KSubset):
-        raise ValueError(f"subset: got {type(subset).__name__}, wanted a KSubset(logits, k)")
+    base: Any = subset.base_dist if isinstance(subset, Independent) else subset
+    joint = subset.reinterpreted_batch_ndims if isinstance(subset, Independent) else 0
+    if not isinstance(base, KSubset):
+        raise ValueError(f"subset: got {type(base).__name__}, wanted a KSubset(logits, k), or Independent of one")
     check_samples(num_samples, 1, "a mean needs a sample")
-    return (ScoreFunction() if grad is None else grad)(Function(f), subset, num_samples, seed)
+    return (ScoreFunction() if grad is None else grad)(Function(f, joint), base, num_samples, seed)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Independent
 
 from distset.expect import (
     IMLE,
@@ -13,6 +14,7 @@ from distset.expect import (
     AdaptiveTarget,
     Estimator,
     FixedTarget,
+    GumbelScore,
     GumbelSoftmax,
     LeaveOneOut,
     NoBaseline,
@@ -93,6 +95,7 @@ ESTIMATORS: list[Estimator] = [
     GumbelSoftmax(0.5, hard=True),
     IMLE(FixedTarget(1.0)),
     NCPSS(0.5),
+    GumbelScore(),
 ]
 
 
@@ -123,6 +126,70 @@ def test_unbiased_at_a_million_samples(estimator: Estimator) -> None:
     truth = true_gradient(randn(N), K)
     score = (grads.mean(0) - truth) / (grads.std(0) / len(grads) ** 0.5)
     assert score.abs().max() < 3
+
+
+@pytest.mark.parametrize("make", BASELINES)
+@pytest.mark.parametrize("num_samples", [2, 3])
+def test_score_functions_of_several_subsets_are_unbiased_by_enumeration(make, num_samples: int) -> None:
+    """f sees two subsets together: all tuples of pairs, and a value that is no sum over the two."""
+    baseline: Baseline = make()
+    if isinstance(baseline, Past):
+        baseline = Past(6, folds=3)
+    logits, z = randn(2, 3), subsets(3, 2)
+    pairs = torch.stack([z.repeat_interleave(3, 0), z.repeat(3, 1)], 1)  # (9, 2, 3)
+
+    def together(pair: Tensor) -> Tensor:
+        return quadratic(pair.flatten(-2)).square()
+
+    leaf = logits.clone().requires_grad_()
+    p = (pairs * leaf).sum((-1, -2)).softmax(0)
+    (truth,) = torch.autograd.grad((p * together(pairs)).sum(), leaf)
+    tuples = torch.tensor(list(itertools.product(range(9), repeat=num_samples)))
+    drawn = pairs[tuples].transpose(0, 1).requires_grad_()  # (S, T, 2, 3)
+    values = together(drawn)
+    (slopes,) = torch.autograd.grad(values.sum(), drawn)
+    gradient = score_gradient(values, drawn, KSubset(logits.expand(len(tuples), 2, 3), 2), baseline, slopes)
+    mean = (p.detach()[tuples].prod(-1).view(-1, 1, 1) * gradient).sum(0)
+    torch.testing.assert_close(mean, truth, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_several_subsets_together_with_every_estimator(estimator: Estimator) -> None:
+    """f is a sum over the subsets of a draw: the gradient is that of subsets on their own, up to noise."""
+    if "Past" in repr(estimator):
+        pytest.skip("its slope has one length")
+    logits = randn(2, N).expand(4000, 2, N).clone().requires_grad_()
+    both = Independent(KSubset(logits, K), 1)
+    mean = expect(lambda z: quadratic(z).sum(-1), both, 8, grad=estimator, seed=0)
+    assert mean.shape == (4000,)
+    mean.sum().backward()
+    single = randn(2, N).expand(4000, 2, N).clone().requires_grad_()
+    expect(quadratic, KSubset(single, K), 8, grad=estimator, seed=1).sum().backward()
+    assert logits.grad is not None
+    assert single.grad is not None
+    spread = (logits.grad.var(0) + single.grad.var(0)).div(4000).sqrt()
+    assert ((logits.grad.mean(0) - single.grad.mean(0)).abs() < 5 * spread + 1e-9).all()
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, IMLE(AdaptiveTarget(step=2.0))], ids=repr)
+def test_padding_takes_no_part(estimator: Estimator) -> None:
+    """Logits of -inf: rows of different lengths in one batch; nothing flows where nothing can be chosen."""
+    if "Past" in repr(estimator):
+        pytest.skip("its slope has one length")
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    leaf = randn(2, 6).requires_grad_()
+    for seed in range(3):  # the adaptive target starts at strength 0
+        subset = KSubset(leaf.masked_fill(~mask, -torch.inf), 3)
+        mean = expect(lambda z: quadratic(z) + z.sum(-1), subset, 8, grad=estimator, seed=seed)
+        (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+        assert gradient.isfinite().all()
+        assert (gradient[~mask] == 0).all()
+    assert (gradient[mask] != 0).any()
+
+
+def test_what_is_learned_is_saved_with_a_model() -> None:
+    assert [len(e.learned().state_dict()) for e in (Simple(), ScoreFunction(Ridge()), ScoreFunction(Past(3)))] == [0, 0, 1]
+    assert set(IMLE(AdaptiveTarget()).learned().state_dict()) == {"0.beta", "0.found"}
 
 
 def test_simple_is_unbiased_for_affine_functions() -> None:
@@ -279,8 +346,9 @@ def test_a_table_says_what_each_is() -> None:
         "unbiased": "yes",
         "differentiable f": "not needed",
     }
-    assert [row["unbiased"] for row in rows] == ["yes"] * 6 + ["no"] * 6
-    assert [row["differentiable f"] for row in rows] == ["not needed"] * 4 + ["needed", "not needed"] + ["needed"] * 6
+    assert [row["unbiased"] for row in rows] == ["yes"] * 6 + ["no"] * 7
+    needed = ["not needed"] * 4 + ["needed", "not needed"] + ["needed"] * 6 + ["not needed"]
+    assert [row["differentiable f"] for row in rows] == needed
 
 
 def test_without_a_gradient_only_the_mean_is_made() -> None:
@@ -321,7 +389,7 @@ def test_bad_settings() -> None:
     for estimator in (GumbelSoftmax(), IMLE()):
         with pytest.raises(ValueError, match="k: differs between rows"):
             expect(quadratic, rows, 2, grad=estimator)
-    with pytest.raises(ValueError, match="NCPSS needs finite logits"):
+    with pytest.raises(ValueError, match="NCPSS needs elements that are free"):
         expect(quadratic, KSubset(randn(6).requires_grad_(), 6), 2, grad=NCPSS())
     with pytest.raises(ValueError, match="subset: got Tensor"):
         expect(quadratic, randn(4), 2)  # type: ignore[arg-type]
