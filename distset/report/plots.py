@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from distset.report.scores import Interval, auroc, quantiles, resampled
 
-__all__ = ["plot_confusion", "plot_curves", "plot_roc", "plot_spread", "save"]
+__all__ = ["new_axes", "new_figure", "plot_confusion", "plot_curves", "plot_roc", "plot_spread", "save"]
 
 INK, GRID = "#222222", "#e6e6e6"
 COLORS = ("#1f6fb4", "#d9792b", "#2f9160", "#b43a5c", "#7a5bb5", "#8a6d3b", "#4d9db8", "#7f7f7f")
@@ -46,9 +46,9 @@ def plot_curves(history: Sequence[Mapping[str, Any]], path: Path, *, metrics: Se
         )
     columns = min(len(panels), 2)
     rows = -(-len(panels) // columns)
-    figure = _figure(5.6 * columns, 3.6 * rows)
+    figure = new_figure(5.6 * columns, 3.6 * rows)
     for number, metric in enumerate(panels):
-        axes = _axes(figure, (rows, columns, number + 1))
+        axes = new_axes(figure, (rows, columns, number + 1))
         for position, split in enumerate(dict.fromkeys(s for m, s in series if m == metric)):
             steps, values = series[metric, split]
             color = SPLITS.get(split, COLORS[position % len(COLORS)])
@@ -83,8 +83,8 @@ def plot_roc(
     """
     y, p = np.asarray(labels), np.asarray(probabilities, np.float64)
     shown = [1] if p.shape[1] == 2 else [c for c in range(p.shape[1]) if 0 < np.sum(y == c) < len(y)]
-    figure = _figure(5.2, 5.0)
-    axes = _axes(figure, (1, 1, 1))
+    figure = new_figure(5.2, 5.0)
+    axes = new_axes(figure, (1, 1, 1))
     axes.plot([0, 1], [0, 1], color="#aaaaaa", lw=1, ls=(0, (4, 4)), zorder=1)
     for position, c in enumerate(shown):
         color, positive, scores = COLORS[position % len(COLORS)], y == c, p[:, c]
@@ -122,8 +122,8 @@ def plot_confusion(labels: ArrayLike, predicted: ArrayLike, classes: Sequence[st
     np.add.at(counts, (y, called), 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = 2.4 + 0.75 * len(classes)
-    figure = _figure(side + 0.6, side)
-    axes = _axes(figure, (1, 1, 1))
+    figure = new_figure(side + 0.6, side)
+    axes = new_axes(figure, (1, 1, 1))
     axes.grid(False)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
@@ -157,8 +157,8 @@ def plot_spread(runs: Sequence[Mapping[str, float]], path: Path) -> None:
         path: of the PNG.
     """
     metrics = list(runs[0])
-    figure = _figure(1.6 + 1.5 * len(metrics), 4.0)
-    axes = _axes(figure, (1, 1, 1))
+    figure = new_figure(1.6 + 1.5 * len(metrics), 4.0)
+    axes = new_axes(figure, (1, 1, 1))
     spread = np.linspace(-0.14, 0.06, len(runs)) if len(runs) > 1 else np.zeros(1)
     for place, metric in enumerate(metrics):
         values, color = np.array([run[metric] for run in runs], np.float64), COLORS[place % len(COLORS)]
@@ -179,11 +179,13 @@ def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure).print_figure(str(path), bbox_inches="tight", pad_inches=0.12)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure in the house's style, inches wide and high."""
     return Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
 
 
-def _axes(figure: Figure, place: tuple[int, int, int]) -> Axes:
+def new_axes(figure: Figure, place: tuple[int, int, int]) -> Axes:
+    """Axes at ``(rows, columns, number)`` in the house's style."""
     axes = figure.add_subplot(*place)
     axes.grid(color=GRID, lw=0.8)
     axes.set_axisbelow(True)

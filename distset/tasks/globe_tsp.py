@@ -14,55 +14,21 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from distset.seeds import generator_for
-from distset.solve import CollapseAlarm, Strategy, solve
+from distset.sets import ChunkedSet
+from distset.solve import CollapseAlarm, Identity, Strategy, solve
 from distset.solvers.base import Solver
 from distset.solvers.tour import Tour
+from distset.train import Example, Parts
 
-__all__ = ["FlagLocator", "Globe", "GlobeTour", "chords", "hamming", "perfect", "train"]
-
-
-class Globe(NamedTuple):
-    """Flags float ``(C, 3, H, W)`` in 0..1 and where their capitals lie on the unit sphere, ``(C, 3)``."""
-
-    flags: Tensor
-    points: Tensor
-
-    @staticmethod
-    def read(path: str | Path, countries: int | None = 100, seed: int = 0) -> Globe:
-        """From an ``npz`` with ``flags`` uint8 ``(N, H, W, 3)`` and ``lonlat`` in degrees ``(N, 2)``; ``countries`` of
-        them, drawn by ``seed``.
-
-        Raises:
-            ValueError: for a file without these arrays, or with fewer countries.
-        """
-        with np.load(path) as file:
-            missing = {"flags", "lonlat"} - set(file.files)
-            if missing:
-                raise ValueError(f"path: {path} has no array {sorted(missing)}, wanted flags (N, H, W, 3) and lonlat (N, 2)")
-            flags, lonlat = torch.from_numpy(file["flags"]), torch.from_numpy(file["lonlat"]).double()
-        if countries is not None and countries > len(flags):
-            raise ValueError(f"countries: got {countries}, wanted at most {len(flags)}, the flags in {path}")
-        picked = torch.randperm(len(flags), generator=generator_for(seed, "countries"))[:countries]
-        longitude, latitude = lonlat[picked].deg2rad().T
-        points = [latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()]
-        return Globe(flags[picked].permute(0, 3, 1, 2).float() / 255, torch.stack(points, -1).float())
-
-    def combinations(self, count: int, k: int, seed: int) -> Tensor:
-        """``count`` draws of ``k`` different countries, ``(count, k)``."""
-        keys = torch.rand(count, len(self.flags), generator=generator_for(seed, "combinations", k))
-        return keys.argsort(-1)[:, :k]
-
-    def tours(self, countries: Tensor, solver: Solver | None = None) -> Tensor:
-        """The true tours ``(B, k, k)`` of combinations ``(B, k)``."""
-        return solve(chords(self.points[countries]), Tour() if solver is None else solver)
+__all__ = ["FlagLocator", "GlobeTask", "GlobeTour", "chords", "globe_task", "hamming", "perfect"]
 
 
 class FlagLocator(nn.Module):
@@ -95,13 +61,82 @@ class GlobeTour(nn.Module):
         self.locator, self.grad = locator, grad
         self.solver = Tour() if solver is None else solver
 
-    def costs(self, flags: Tensor, countries: Tensor) -> Tensor:
-        """Chords ``(B, k, k)`` between the countries ``(B, k)`` whose flags are rows of ``flags``; each is seen once."""
-        seen, where = countries.unique(return_inverse=True)
-        return chords(self.locator(flags[seen])[where])
+    def costs(self, flags: Tensor, countries: Tensor | None = None) -> Tensor:
+        """Chords ``(*, k, k)`` between flags ``(*, k, 3, H, W)``; with their ``countries (*, k)`` each is seen once."""
+        flat = flags.flatten(0, -4)
+        if countries is None:
+            points = self.locator(flat)
+        else:
+            seen, where = countries.reshape(-1).unique(return_inverse=True)
+            first = torch.zeros_like(seen).scatter_(0, where, torch.arange(len(where), device=where.device))
+            points = self.locator(flat[first])[where]
+        return chords(points.reshape(*flags.shape[:-3], 3))
 
-    def forward(self, flags: Tensor, countries: Tensor, truth: Tensor | None = None, seed: int | None = None) -> Tensor:
-        return solve(self.costs(flags, countries), self.solver, grad=self.grad, truth=truth, seed=seed)
+    def forward(self, flags: Tensor, countries: Tensor | None = None) -> Tensor:
+        """Tours ``(*, k, k)``."""
+        return solve(self.costs(flags, countries), self.solver, grad=self.grad)
+
+
+class GlobeTask:
+    """Loss, prediction and metrics of globe tours.
+
+    An example is k flags ``(*, k, 3, H, W)`` with target ``(countries (*, k), tour (*, k, k))``.
+
+    Args:
+        model: flags up to tours.
+        gradient_noise: of the loss gradient at the tours, as a multiple of its norm (the robustness study).
+        at_once: combinations solved together, as many as a step has for the papers' batches.
+    """
+
+    def __init__(self, model: GlobeTour, *, gradient_noise: float = 0.0, at_once: int = 50) -> None:
+        self.model, self.gradient_noise, self.at_once = model, gradient_noise, at_once
+        self.alarm = CollapseAlarm(ndim=2)
+
+    def loss(self, example: Example, *, seed: int) -> Tensor:
+        """`hamming` of one combination, or of a batch of them."""
+        return self.batch_loss([example], seed=seed)
+
+    def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
+        """`hamming` over all combinations of the examples; the alarm rings where the costs collapse."""
+        device = next(self.model.parameters()).device
+        flags = torch.cat([_elements(example.set).flatten(0, -5) for example in examples]).to(device)
+        countries, truth = (torch.cat([example.target[i].to(device) for example in examples]) for i in (0, 1))
+        costs = self.model.costs(flags, countries)
+        self.alarm(costs)
+        found = solve(costs, self.model.solver, grad=self.model.grad, truth=truth, seed=seed)
+        if self.gradient_noise and found.requires_grad:
+            generator = generator_for(seed, "gradient noise")
+            found.register_hook(lambda g: g + self.gradient_noise * _noise(g, generator))
+        return hamming(found, truth)
+
+    def predict(self, set: ChunkedSet) -> Tensor:
+        """The tour and the costs it was found by, ``(2, *, k, k)``."""
+        costs = self.model.costs(_elements(set).to(next(self.model.parameters()).device))
+        return torch.stack([solve(costs, self.model.solver, grad=self.model.grad, seed=0), costs])
+
+    def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
+        """The share of tours without a mistake (the papers' accuracy), the loss, and the norm of the costs."""
+        found, costs = (torch.cat([output[i].flatten(0, -3) for output in outputs]) for i in (0, 1))
+        truth = torch.cat([tour.flatten(0, -3) for _, tour in targets])
+        norm = costs.flatten(1).norm(dim=1).mean().item()
+        return {"accuracy": perfect(found, truth), "loss": hamming(found, truth).item(), "cost_norm": norm}
+
+    def draw(self, folder: Path, parts: Parts) -> None:
+        """Test tours on a map of the world: true and found."""
+        from distset.report.structures import plot_tours
+
+        example = parts.test[0]
+        countries, truth = example.target
+        with torch.no_grad():
+            found = self.predict(example.set)[0]
+        plot_tours(parts.test.globe.lonlat[countries[:6]], truth[:6], found[:6], folder / "tours.png")  # type: ignore[attr-defined]
+
+
+def globe_task(
+    *, size: tuple[int, int], grad: Strategy | None = None, gradient_noise: float = 0.0, solver: Solver | None = None
+) -> GlobeTask:
+    """A task for flags of ``size`` (height, width); ``grad`` is `Identity()` if None."""
+    return GlobeTask(GlobeTour(FlagLocator(*size), grad or Identity(), solver), gradient_noise=gradient_noise)
 
 
 def chords(points: Tensor) -> Tensor:
@@ -120,63 +155,17 @@ def perfect(found: Tensor, truth: Tensor) -> float:
     return (found == truth).flatten(1).all(1).double().mean().item()
 
 
-class Trained(NamedTuple):
-    """The model, its accuracy on unseen combinations after each epoch, and the mean cost norm over its first."""
-
-    model: GlobeTour
-    accuracy: list[float]
-    cost_norm: float
-    collapsed: bool
+def _elements(set: ChunkedSet) -> Tensor:
+    """The flags, with a batch dimension."""
+    (chunk,) = set.map(_whole)
+    return chunk.elements if set.batch_shape else chunk.elements.unsqueeze(0)
 
 
-def train(
-    globe: Globe,
-    grad: Strategy,
-    *,
-    k: int = 5,
-    examples: int = 10_000,
-    epochs: int = 10,
-    batch: int = 50,
-    lr: float = 1e-3,
-    gradient_noise: float = 0.0,
-    corrupted: float = 0.0,
-    seed: int = 0,
-) -> Trained:
-    """A plain training run: Adam on the Hamming loss.
-
-    Args:
-        gradient_noise: standard deviation of noise on the loss gradient at the tours, as a multiple of its norm.
-        corrupted: the share of training labels that are the tour of another order of the cities.
-    """
-    generator = generator_for(seed, "train")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = GlobeTour(FlagLocator(*globe.flags.shape[2:]), grad)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    countries, unseen = globe.combinations(examples, k, seed), globe.combinations(1000, k, seed + 1)
-    truth, unseen_truth = globe.tours(countries), globe.tours(unseen)
-    shuffled = torch.rand(examples, generator=generator) < corrupted
-    order = torch.rand(examples, k, generator=generator).argsort(-1)
-    wrong = truth.gather(1, order.unsqueeze(-1).expand_as(truth)).gather(2, order.unsqueeze(1).expand_as(truth))
-    labels = torch.where(shuffled[:, None, None], wrong, truth)
-    alarm, accuracy, norm = CollapseAlarm(ndim=2), [], 0.0
-    for epoch in range(epochs):
-        for rows in torch.randperm(examples, generator=generator).split(batch):
-            costs = model.costs(globe.flags, countries[rows])
-            norm = alarm(costs)
-            step = seed * 1_000_003 + epoch * examples + int(rows[0])
-            found = solve(costs, model.solver, grad=grad, truth=labels[rows], seed=step)
-            if gradient_noise and found.requires_grad:
-                found.register_hook(lambda g: g + gradient_noise * _noise(g, generator))
-            optimizer.zero_grad()
-            hamming(found, labels[rows]).backward()
-            optimizer.step()
-        with torch.no_grad():
-            accuracy.append(perfect(model(globe.flags, unseen), unseen_truth))
-    return Trained(model, accuracy, norm / (alarm.first or 1.0), alarm.rung)
+def _whole(chunk: Any) -> Any:
+    return chunk
 
 
 def _noise(g: Tensor, generator: torch.Generator) -> Tensor:
     """Normal noise, as long as each instance's gradient on average."""
     norm = g.flatten(1).norm(dim=1) / g[0].numel() ** 0.5
-    return torch.randn(g.shape, generator=generator) * norm.reshape(-1, 1, 1)
+    return torch.randn(g.shape, generator=generator).to(g.device) * norm.reshape(-1, 1, 1)

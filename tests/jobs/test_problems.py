@@ -65,3 +65,20 @@ def test_the_registry_reports_its_baselines(tmp_path):
     train_run(config, tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert set(stored["baselines"]) == {"random", "most_popular"}
+
+
+STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
+TASKS = {
+    "terrain": ["data.examples.maps=[8,4,4]", "data.examples.size=6"],
+    "keypoints": ["data.examples.pairs=[8,4,4]", "data.examples.n=4"],
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("task", TASKS)
+def test_every_strategy_trains_every_made_solver_task(task, strategy, tmp_path):
+    config = composed(f"task={task}", f"strategy@task.grad={strategy}", *TASKS[task], *SHORT)
+    metrics = train_run(config, tmp_path)
+    assert metrics["steps"] == 2
+    assert np.isfinite(list(metrics["test"].values())).all()
+    assert list((tmp_path / "plots").glob("*.png"))

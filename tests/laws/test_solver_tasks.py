@@ -1,20 +1,27 @@
-"""Globe tours and terrain paths: their data, their gradients, and (slow) that they learn."""
+"""Tasks with a solver inside: their data, their gradients, and (slow) that they learn."""
 
 import numpy as np
 import pytest
 import torch
 
 from distset.noise import TwoPoint
+from distset.problems import globe, keypoints, retrieval, terrain
+from distset.seeds import seeded
+from distset.sets import InMemory
 from distset.solve import Blackbox, Identity
 from distset.solvers import ShortestPath, Tour
-from distset.tasks import globe_tsp, terrain
+from distset.tasks.globe_tsp import GlobeTask, chords, globe_task, hamming, perfect
+from distset.tasks.keypoints import matching_task
+from distset.tasks.retrieval import retrieval_task
+from distset.tasks.terrain import cost_ratio, path_loss, terrain_task
+from distset.train import Example, Parts, Plan, fit, predict_all
 
 
 @pytest.fixture(scope="module")
 def made_globe():
     generator = torch.Generator().manual_seed(0)
     points = torch.nn.functional.normalize(torch.randn(12, 3, generator=generator), dim=-1)
-    return globe_tsp.Globe(torch.rand(12, 3, 20, 40, generator=generator), points)
+    return globe.Globe(torch.rand(12, 3, 20, 40, generator=generator), points, torch.zeros(12, 2))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +29,21 @@ def flags(data_folder):
     path = data_folder / "flags_capitals" / "flags_40x20.npz"
     if not path.is_file():
         pytest.skip(f"no flags at {path}")
-    return globe_tsp.Globe.read(path)
+    return str(path)
+
+
+def learned(task, parts, *, epochs, batch, lr):
+    """Test figures after training; the task's weights are drawn by the caller."""
+    from distset.optim import Optimisation
+
+    recipe = Optimisation(torch.optim.Adam, lr=lr, schedule="constant")
+    fit(task, parts.train, parts.val, plan=Plan(epochs=epochs, batch=batch, monitor=None), optimisation=recipe)
+    return task.metrics(*predict_all(task, parts.test))
+
+
+def made(factory, **arguments):
+    with seeded(0, torch.device("cpu")):
+        return factory(**arguments)
 
 
 def test_combinations_are_different_countries_and_a_pure_function_of_the_seed(made_globe):
@@ -36,42 +57,73 @@ def test_combinations_are_different_countries_and_a_pure_function_of_the_seed(ma
 def test_chords_and_tours(made_globe):
     countries = made_globe.combinations(6, 5, seed=0)
     points = made_globe.points[countries]
-    torch.testing.assert_close(globe_tsp.chords(points), torch.cdist(points, points), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(chords(points), torch.cdist(points, points), atol=1e-3, rtol=1e-4)
     tours = made_globe.tours(countries)
     assert Tour().feasible(tours.numpy()).all()
-    assert globe_tsp.hamming(tours, tours) == 0
-    assert globe_tsp.perfect(tours, tours) == 1
+    assert hamming(tours, tours) == 0
+    assert perfect(tours, tours) == 1
     twin = torch.zeros(1, 4, 3, requires_grad=True)
-    globe_tsp.chords(twin).sum().backward()
+    chords(twin).sum().backward()
     assert (twin.grad == 0).all()
 
 
 def test_the_network_sees_each_flag_once_and_gets_a_gradient(made_globe):
-    model = globe_tsp.GlobeTour(globe_tsp.FlagLocator(), Identity())
+    task = globe_task(size=(20, 40))
     seen = []
-    model.locator.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    task.model.locator.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     countries = made_globe.combinations(20, 5, seed=0)
-    truth = made_globe.tours(countries)
-    loss = globe_tsp.hamming(model(made_globe.flags, countries), truth)
-    loss.backward()
+    examples = globe.Combinations(made_globe, countries, made_globe.tours(countries))
+    task.batch_loss(list(examples), seed=0).backward()
     assert seen == [12]
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    assert any((p.grad != 0).any() for p in model.parameters())
+    assert all(p.grad.isfinite().all() for p in task.model.parameters())
+    assert any((p.grad != 0).any() for p in task.model.parameters())
+    with torch.no_grad():
+        together = task.model.costs(made_globe.flags[countries], countries)
+        torch.testing.assert_close(task.model.costs(made_globe.flags[countries]), together, atol=1e-4, rtol=1e-4)
+
+
+def test_noise_on_the_gradient_has_the_length_it_says(made_globe):
+    countries = made_globe.combinations(50, 5, seed=0)
+    examples = list(globe.Combinations(made_globe, countries, made_globe.tours(countries)))
+    found = {}
+    for level in (0.0, 1.0):
+        task = made(globe_task, size=(20, 40), gradient_noise=level, grad=Identity("none"))
+        costs = []
+        task.alarm = costs.append
+        task.batch_loss(examples, seed=1)
+        (costs[0].sum() * 0).backward(retain_graph=True)
+        loss = task.batch_loss(examples, seed=1)
+        found[level] = torch.autograd.grad(loss, costs[1])[0]
+    noise = found[1.0] - found[0.0]
+    assert noise.norm() / found[0.0].norm() == pytest.approx(1, rel=0.1)
+
+
+def test_a_share_of_the_training_tours_can_be_wrong(tmp_path):
+    path = tmp_path / "flags.npz"
+    rng = np.random.default_rng(0)
+    lonlat = rng.uniform(-80, 80, (9, 2)).astype(np.float32)
+    np.savez(path, flags=rng.integers(0, 255, (9, 20, 40, 3), dtype=np.uint8), lonlat=lonlat)
+    sizes = {"countries": None, "combinations": (400, 3, 3)}
+    clean, other = globe.globe(str(path), **sizes), globe.globe(str(path), corrupted=0.5, **sizes)
+    same = (clean.train.tours == other.train.tours).flatten(1).all(1).double().mean().item()
+    assert 0.45 < same < 0.62  # half are untouched, and one order of twelve gives the same tour
+    assert Tour().feasible(other.train.tours.numpy()).all()
+    assert torch.equal(clean.test.tours, other.test.tours)
 
 
 def test_reading_flags(tmp_path):
     flags = np.random.default_rng(0).integers(0, 255, (4, 20, 40, 3), dtype=np.uint8)
     np.savez(tmp_path / "flags.npz", flags=flags, lonlat=np.array([[0, 0], [90, 0], [0, 90], [180, 0]], np.float32))
-    globe = globe_tsp.Globe.read(tmp_path / "flags.npz", countries=None)
-    assert globe.flags.shape == (4, 3, 20, 40)
-    torch.testing.assert_close(globe.points.norm(dim=1), torch.ones(4))
+    world = globe.Globe.read(tmp_path / "flags.npz", countries=None)
+    assert world.flags.shape == (4, 3, 20, 40)
+    torch.testing.assert_close(world.points.norm(dim=1), torch.ones(4))
     wanted = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]])
-    assert (torch.cdist(globe.points, wanted).amin(1) < 1e-6).all()
+    assert (torch.cdist(world.points, wanted).amin(1) < 1e-6).all()
     with pytest.raises(ValueError, match="countries: got 5, wanted at most 4"):
-        globe_tsp.Globe.read(tmp_path / "flags.npz", countries=5)
+        globe.Globe.read(tmp_path / "flags.npz", countries=5)
     np.savez(tmp_path / "other.npz", flags=flags)
     with pytest.raises(ValueError, match=r"has no array .*lonlat"):
-        globe_tsp.Globe.read(tmp_path / "other.npz")
+        globe.Globe.read(tmp_path / "other.npz")
 
 
 def test_maps_are_a_pure_function_of_the_seed_and_their_paths_are_the_best():
@@ -81,10 +133,10 @@ def test_maps_are_a_pure_function_of_the_seed_and_their_paths_are_the_best():
     assert all(torch.equal(a, b) for a, b in zip(maps, terrain.draw_maps(8, 12, seed=3)))
     assert torch.equal(maps.paths, torch.from_numpy(ShortestPath().solve(maps.costs.numpy())))
     assert len(maps.costs.unique()) == 5
-    assert terrain.cost_ratio(maps.paths, maps) == 1
-    assert terrain.path_loss(maps.paths, maps.paths) == 0
+    assert cost_ratio(maps.paths, maps.costs, maps.paths) == 1
+    assert path_loss(maps.paths, maps.paths) == 0
     straight = torch.eye(12).expand(8, 12, 12)
-    assert terrain.cost_ratio(straight, maps) > 1
+    assert cost_ratio(straight, maps.costs, maps.paths) > 1
     with pytest.raises(ValueError, match="size: got 3"):
         terrain.draw_maps(2, 3)
 
@@ -105,24 +157,81 @@ def test_reading_published_maps(tmp_path):
 
 
 def test_a_few_steps_on_maps_lower_the_loss():
-    maps = terrain.draw_maps(32, 8)
-    one, three = (terrain.train(maps, maps, Identity(), epochs=epochs, batch=16, lr=3e-3) for epochs in (1, 3))
-    assert len(three.ratio) == 3
-    assert three.ratio[0] == one.ratio[0]  # a run is a pure function of its seed
-    assert three.ratio[-1] <= three.ratio[0]
+    parts = terrain.drawn((32, 8, 8), size=8)
+    untrained, trained = (learned(made(terrain_task), parts, epochs=epochs, batch=16, lr=3e-3)["loss"] for epochs in (1, 8))
+    assert trained < untrained
+
+
+def test_retrieval_learns_classes_it_has_not_met():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(800) % 16
+    x = torch.randn(16, 12, generator=generator)[labels] + 0.5 * torch.randn(800, 12, generator=generator)
+    x[:, 6:] += 4 * torch.randn(800, 6, generator=generator)  # half of the features only disturb
+    known = labels < 8
+    train = [Example(InMemory(x[known][i : i + 1], name=str(i)), labels[known][i : i + 1]) for i in range(int(known.sum()))]
+    held = [Example(InMemory(x[~known]), labels[~known])]
+    task = made(retrieval_task, shape=(12,), width=8)
+    before = task.metrics(*predict_all(task, held))["recall@1"]
+    parts = Parts(train, [], held, {})
+    assert learned(task, parts, epochs=40, batch=100, lr=3e-3)["recall@1"] > before + 0.2
+
+
+def test_images_held_out_are_of_other_classes(data_folder):
+    folder = data_folder / "mnist"
+    if not folder.is_dir():
+        pytest.skip(f"no idx files at {folder}")
+    parts = retrieval.digits(str(folder), images=50, tested=40)
+    assert {int(example.target) for example in parts.train} <= {0, 1, 2, 3, 4}
+    assert set(parts.val[0].target.tolist()) <= {0, 1, 2, 3, 4}
+    assert set(parts.test[0].target.tolist()) <= {5, 6, 7, 8, 9}
+    assert parts.train[0].set.elements.shape == (1, 1, 28, 28)
+    assert parts.facts == {"shape": (1, 28, 28)}
+
+
+def test_clouds_match_up_to_turning_and_noise():
+    points, match = keypoints.draw_clouds(50, 8, 3, 0.0, seed=0)
+    first, second = points[:, :8], points[:, 8:]
+    assert (match.sum(2) == 1).all()
+    assert match.sum(1).max() == 1
+    matched = match @ second
+    torch.testing.assert_close(torch.cdist(matched, matched), torch.cdist(first, first), atol=1e-3, rtol=1e-3)
+
+
+def test_keypoints_are_learned_and_the_description_does_not_see_turning():
+    parts = keypoints.clouds((300, 100, 100), n=6, outliers=1, noise=0.01)
+    found = learned(made(matching_task, **parts.facts), parts, epochs=4, batch=30, lr=3e-3)
+    assert found["accuracy"] > 0.5  # by chance one in seven
+    task = made(matching_task, n=6)
+    points = parts.test[0].set.elements[:, :6]
+    turned = points @ torch.tensor([[0.0, -1.0], [1.0, 0.0]]).T
+    torch.testing.assert_close(task.model(points), task.model(turned), atol=1e-4, rtol=1e-4)
+
+
+def test_keypoint_files(tmp_path):
+    first, second = np.random.default_rng(0).random((10, 4, 3)), np.random.default_rng(1).random((10, 5, 3))
+    np.savez(tmp_path / "pairs.npz", first=first, second=second, match=np.tile(np.arange(4), (10, 1)))
+    parts = keypoints.keypoints(str(tmp_path / "pairs.npz"))
+    assert parts.facts == {"n": 4, "features": 1}
+    assert [sum(len(example.target) for example in part) for part in parts[:3]] == [6, 2, 2]
+    np.savez(tmp_path / "bad.npz", first=first, second=second, match=np.full((10, 4), 7))
+    with pytest.raises(ValueError, match="matches points from 7 to 7, wanted 0 to 4"):
+        keypoints.keypoints(str(tmp_path / "bad.npz"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "most"), [(Identity(), 1.01), (Blackbox(20.0, projection="norm"), 1.01)], ids=str)
-def test_terrain_paths_cost_within_a_hundredth_of_the_best(strategy, most):
-    maps, unseen = terrain.draw_maps(1000, 12, seed=0), terrain.draw_maps(200, 12, seed=1)
-    assert terrain.train(maps, unseen, strategy, epochs=15, lr=3e-3).ratio[-1] <= most
+@pytest.mark.parametrize("strategy", [Identity(), Blackbox(20.0, projection="norm")], ids=str)
+def test_terrain_paths_cost_within_a_hundredth_of_the_best(strategy):
+    task = made(terrain_task, grad=strategy)
+    assert learned(task, terrain.drawn(), epochs=15, batch=32, lr=3e-3)["cost_ratio"] <= 1.01
 
 
 @pytest.mark.slow
 def test_globe_tours_with_noise_are_better_than_bare(flags):
     """400 steps: far from the published 99.7 %, and enough to tell them apart."""
-    noisy = globe_tsp.train(flags, Identity(margin=TwoPoint(0.2)), examples=2000, epochs=10)
-    bare = globe_tsp.train(flags, Identity("none"), examples=2000, epochs=10)
-    assert noisy.accuracy[-1] > 0.55
-    assert bare.accuracy[-1] < 0.45
+    parts = globe.globe(flags, combinations=(2000, 100, 1000))
+    figures = {}
+    for name, strategy in {"noise": Identity(margin=TwoPoint(0.2)), "bare": Identity("none")}.items():
+        task: GlobeTask = made(globe_task, **parts.facts, grad=strategy)
+        figures[name] = learned(task, parts, epochs=10, batch=50, lr=1e-3)["accuracy"]
+    assert figures["noise"] > 0.55
+    assert figures["bare"] < 0.45

@@ -1,0 +1,122 @@
+"""Globe tours as published: combinations of k flags, and the shortest round trip through their capitals.
+
+References:
+    Vlastelica et al. 2020, https://arxiv.org/abs/1912.02175 (section 4.2: 100 countries, 10,000 and 1,000 combinations).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distset.seeds import generator_for
+from distset.sets import InMemory
+from distset.solve import solve
+from distset.solvers.base import Solver
+from distset.solvers.tour import Tour
+from distset.tasks.globe_tsp import chords
+from distset.train import Example, Parts
+
+__all__ = ["Combinations", "Globe", "globe"]
+
+
+class Globe(NamedTuple):
+    """Flags float ``(C, 3, H, W)`` in 0..1, and where their capitals lie: on the unit sphere ``(C, 3)``, in degrees ``(C, 2)``."""
+
+    flags: Tensor
+    points: Tensor
+    lonlat: Tensor
+
+    @staticmethod
+    def read(path: str | Path, countries: int | None = 100, seed: int = 0) -> Globe:
+        """From an ``npz`` with ``flags`` uint8 ``(N, H, W, 3)`` and ``lonlat`` in degrees ``(N, 2)``; ``countries`` of
+        them, drawn by ``seed``.
+
+        Raises:
+            ValueError: for a file without these arrays, or with fewer countries.
+        """
+        with np.load(path) as file:
+            missing = {"flags", "lonlat"} - set(file.files)
+            if missing:
+                raise ValueError(f"path: {path} has no array {sorted(missing)}, wanted flags (N, H, W, 3) and lonlat (N, 2)")
+            flags, lonlat = torch.from_numpy(file["flags"]), torch.from_numpy(file["lonlat"]).double()
+        if countries is not None and countries > len(flags):
+            raise ValueError(f"countries: got {countries}, wanted at most {len(flags)}, the flags in {path}")
+        picked = torch.randperm(len(flags), generator=generator_for(seed, "countries"))[:countries]
+        longitude, latitude = lonlat[picked].deg2rad().T
+        points = [latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()]
+        return Globe(
+            flags[picked].permute(0, 3, 1, 2).float() / 255, torch.stack(points, -1).float(), lonlat[picked].float()
+        )
+
+    def combinations(self, count: int, k: int, seed: int) -> Tensor:
+        """``count`` draws of ``k`` different countries, ``(count, k)``."""
+        keys = torch.rand(count, len(self.flags), generator=generator_for(seed, "combinations", k))
+        return keys.argsort(-1)[:, :k]
+
+    def tours(self, countries: Tensor, solver: Solver | None = None) -> Tensor:
+        """The true tours ``(B, k, k)`` of combinations ``(B, k)``."""
+        return solve(chords(self.points[countries]), Tour() if solver is None else solver)
+
+
+class Combinations(Sequence[Example]):
+    """Combinations of countries as examples, ``group`` in each: flags ``(group, k, 3, H, W)``, their numbers and tours."""
+
+    def __init__(self, globe: Globe, countries: Tensor, tours: Tensor, group: int = 1) -> None:
+        self.globe, self.countries, self.tours, self.group = globe, countries, tours, group
+
+    def __len__(self) -> int:
+        return -(-len(self.countries) // self.group)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: got {index}, there are {len(self)} examples")
+        own = slice(index * self.group, (index + 1) * self.group)
+        flags = self.globe.flags[self.countries[own]]
+        return Example(InMemory(flags, element_ndim=3, name=f"combination-{index}"), (self.countries[own], self.tours[own]))
+
+
+def globe(
+    path: str, *, k: int = 5, combinations: tuple[int, int, int] = (10_000, 1000, 1000), countries: int | None = 100,
+    corrupted: float = 0.0, seed: int = 0,
+) -> Parts:  # fmt: skip
+    """Parts of the globe problem from an ``npz`` of flags, see `Globe.read`.
+
+    Args:
+        path: of the file.
+        k: countries of a tour.
+        combinations: to train, validate and test on; other combinations of the same countries.
+        countries: drawn from the file; None for all.
+        corrupted: the share of training tours that are those of another order of the cities (the robustness study).
+        seed: of everything.
+    """
+    world = Globe.read(path, countries, seed)
+    parts = []
+    for part, count in enumerate(combinations):
+        drawn = world.combinations(count, k, 3 * seed + part)
+        tours = world.tours(drawn)
+        if part == 0 and corrupted:
+            tours = _corrupt(tours, corrupted, seed)
+        parts.append(Combinations(world, drawn, tours, group=1 if part == 0 else 100))
+    train, val, test = parts
+    return Parts(train, val, test, {"size": tuple(world.flags.shape[2:])})
+
+
+def _corrupt(tours: Tensor, share: float, seed: int) -> Tensor:
+    """A share of the tours with their cities in another order."""
+    generator = generator_for(seed, "corrupted")
+    wrong = torch.rand(len(tours), generator=generator) < share
+    order = torch.rand(tours.shape[:2], generator=generator).argsort(-1)
+    moved = tours.gather(1, order.unsqueeze(-1).expand_as(tours)).gather(2, order.unsqueeze(1).expand_as(tours))
+    return torch.where(wrong[:, None, None], moved, tours)
