@@ -21,9 +21,10 @@ CHANGEABLE = ("lr", "weight_decay", "clip")
 class Optimisation:
     r"""An optimiser with its schedule.
 
-    The rate rises linearly over the first ``warmup`` share of the steps and then follows a cosine to 0, or stays:
+    The rate rises linearly over the first ``warmup`` share of the steps and then follows a cosine to ``floor`` of its peak,
+    or stays:
 
-    .. math:: \eta_t = \eta \min(1, (t + 1) / w) \cdot \tfrac12 (1 + \cos \pi \tfrac{t - w}{T - w})
+    .. math:: \eta_t = \eta \min(1, (t + 1) / w) \cdot (f + (1 - f) \tfrac12 (1 + \cos \pi \tfrac{t - w}{T - w}))
 
     Weight decay is for matrices and filters: parameters of fewer than two dimensions (biases, norms) have none.
 
@@ -37,6 +38,7 @@ class Optimisation:
         warmup: the share of all steps that the rate rises over, 0 to below 1.
         schedule: ``"cosine"`` or ``"constant"``.
         clip: the largest norm of the whole gradient; None for none.
+        floor: the share of the peak rate that the cosine ends at, 0 to 1.
         changes: in the order of their steps, ``{"step": s, "lr": ..., "weight_decay": ..., "clip": ...}``: from step ``s``
             (from 0) on, those that it names are other ones; the schedule stays.
 
@@ -58,21 +60,24 @@ class Optimisation:
         warmup: float = 0.0,
         schedule: str = "cosine",
         clip: float | None = None,
+        floor: float = 0.0,
         changes: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup: got {warmup}, wanted a share of the steps, 0 to below 1 (0.1 is the first tenth)")
         if schedule not in ("cosine", "constant"):
             raise ValueError(f"schedule: got {schedule!r}, wanted 'cosine' or 'constant'")
+        if not 0 <= floor <= 1:
+            raise ValueError(f"floor: got {floor}, wanted a share of the peak rate, 0 to 1")
         self.optimiser, self.lr, self.weight_decay = optimiser, lr, weight_decay
-        self.warmup, self.schedule, self.clip = warmup, schedule, clip
+        self.warmup, self.schedule, self.clip, self.floor = warmup, schedule, clip, floor
         self.changes = [dict(change) for change in changes]
         _check_figures({key: getattr(self, key) for key in CHANGEABLE}, "")
         _check_changes(self.changes)
 
     def settings(self) -> dict[str, Any]:
         """The figures above, to compare two runs by."""
-        return {key: getattr(self, key) for key in ("lr", "weight_decay", "warmup", "schedule", "clip", "changes")}
+        return {key: getattr(self, key) for key in ("lr", "weight_decay", "warmup", "schedule", "clip", "floor", "changes")}
 
     def figure(self, name: str, step: int) -> Any:
         """``lr``, ``weight_decay`` or ``clip`` as it stands at step ``step`` (from 0)."""
@@ -97,7 +102,7 @@ class Optimisation:
         if self.schedule == "constant":
             return peak
         done = max(0.0, (step - rising) / max(1.0, total - rising))
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
+        return peak * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def step(self, optimiser: torch.optim.Optimizer, step: int, total: int) -> Tensor:
         """Clip and move, as step ``step`` (from 0) of ``total``.

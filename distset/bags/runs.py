@@ -108,7 +108,7 @@ def train_bags(
     if not checkpoints.exists():
         _standardise(task, train)
     task.model.to(device or torch.device("cpu"))
-    rebuilt_by = {key: config[key] for key in ("task", "model", "backbone", "grad", "seed")}
+    rebuilt_by = _without_files({key: config[key] for key in ("task", "model", "backbone", "grad", "seed")})
     fitted = fit(
         task,
         train,
@@ -125,6 +125,15 @@ def train_bags(
         outputs, _ = predict_all(task, bags, precision=plan.precision)
         probabilities[part] = [output.tolist() for output in outputs]
     return Outcome(fitted.step, fitted.best["step"], fitted.stopped, fitted.history, probabilities)
+
+
+def _without_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint holds the weights that training began with: who uses it need not have their files."""
+    files = {"task": "start", "backbone": "weights"}
+    return {
+        name: {**part, files[name]: None} if name in files and part and files[name] in part else part
+        for name, part in config.items()
+    }
 
 
 def _standardise(task: BagTask, train: Sequence[Example]) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from distset.sets import Chunk, ChunkedSet
+from distset.tasks.resnet import ResNet18, load_published
 from distset.train import World
 
-__all__ = ["Dihedral", "Pixels", "Standardise", "auto", "cnn", "external", "mlp", "standardise"]
+__all__ = ["Dihedral", "Pixels", "Standardise", "auto", "cnn", "external", "mlp", "resnet18", "standardise"]
 
 
 class Pixels(nn.Module):
@@ -157,6 +158,42 @@ def external(
         frozen: not trained, and kept in eval mode, where BatchNorm is a fixed function.
     """
     return nn.Sequential(Pixels(_image(shape)[0], mean, std), Frozen(module) if frozen else module)
+
+
+def resnet18(
+    shape: Sequence[int],
+    *,
+    weights: str | None = None,
+    frozen: bool = False,
+    projection: int | None = None,
+    mean: float | Sequence[float] = 0.0,
+    std: float | Sequence[float] = 1.0,
+    dihedral: bool = False,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """`distset.tasks.resnet.ResNet18` on patches of 33 pixels and more.
+
+    Args:
+        shape: ``(channels, height, width)``, bytes.
+        weights: file of published SimCLR weights; None for random ones.
+        frozen: not trained.
+        projection: width of the projection head to keep (the Camelyon16 weights have one of 256); None for the 512 features
+            before it.
+        mean, std: of the normalisation; the published weights want colours from 0 to 1 as they are.
+        dihedral: turn and mirror each training image at random.
+        dropout: of the features.
+    """
+    channels, height, width = _image(shape)
+    if min(height, width) < 33:
+        raise ValueError(
+            f"backbone: got images of {height} x {width}, wanted at least 33 x 33 for a ResNet18; use backbone=cnn"
+        )
+    network = ResNet18(channels, projection)
+    if weights is not None:
+        load_published(network, weights)
+    network.requires_grad_(not frozen)  # and no wrapper: frozen or not, the weights have the same names
+    augment = [Dihedral()] if dihedral else []
+    return nn.Sequential(Pixels(channels, mean, std), *augment, network, nn.Dropout(dropout))
 
 
 class Frozen(nn.Module):

@@ -23,10 +23,11 @@ from distset.encoders import (
     DeepSets,
     HierarchicalSSE,
     MaxInstance,
+    Parallel,
     Sweeps,
 )
 
-__all__ = ["DualStreamHead", "abmil", "deepsets", "dsmil", "hierarchical_sse", "max_instance", "sse", "umbc"]
+__all__ = ["DualStreamHead", "abmil", "deepsets", "dsmil", "hierarchical_sse", "max_instance", "sse", "umbc", "umbc_mil"]
 
 Parts = tuple[ChunkEncoder | Sweeps, nn.Module]
 """An encoder and the head that follows it."""
@@ -60,6 +61,34 @@ def umbc(
     if attention_blocks:
         return encoder, SetTransformer(width, outputs, blocks=attention_blocks, heads=heads, dropout=dropout)
     return encoder, nn.Sequential(nn.Flatten(-2), MLP(slots * width, width, outputs, dropout=dropout))
+
+
+def umbc_mil(
+    dim: int,
+    outputs: int,
+    *,
+    slots: int = 16,
+    width: int = 128,
+    heads: int = 4,
+    activation: str = "softmax",
+    random_slots: bool = False,
+    residual: bool = False,
+    layer_norm: bool = True,
+    attention_blocks: int = 0,
+    dropout: float = 0.0,
+) -> Parts:
+    """UMBC beside the largest instance logit, both trained on the bag's label in one sweep; UMBC predicts.
+
+    References:
+        Willette et al.: Scalable set encoding with universal mini-batch consistency and unbiased full set gradient
+        approximation. ICML 2023, section 5.4 and appendix H.
+    """
+    bag, head = umbc(
+        dim, outputs, slots=slots, width=width, heads=heads, activation=activation, random_slots=random_slots,
+        residual=residual, layer_norm=layer_norm, attention_blocks=attention_blocks, dropout=dropout,
+    )  # fmt: skip
+    assert isinstance(bag, ChunkEncoder)
+    return Parallel(bag, MaxInstance(nn.Linear(dim, outputs))), WithInstances(head)
 
 
 def sse(
@@ -111,6 +140,18 @@ def dsmil(dim: int, outputs: int, *, width: int = 128, dropout: float = 0.0) -> 
 def max_instance(dim: int, outputs: int, *, width: int = 128, dropout: float = 0.0) -> Parts:
     """The largest instance logit of each class."""
     return MaxInstance(MLP(dim, width, outputs, dropout=dropout)), nn.Identity()
+
+
+class WithInstances(nn.Module):
+    """Logits of the bag by ``head``, and beside them those of its instances."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, streams: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        bag, instances = streams
+        return self.head(bag), instances
 
 
 class DualStreamHead(nn.Module):

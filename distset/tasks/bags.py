@@ -8,7 +8,9 @@ predicts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,13 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distset.build import build
+from distset.checkpoints import check_weights, read_state
 from distset.encode import encode_set
 from distset.encoders import ChunkEncoder, Features, Sweeps
 from distset.seeds import seeded
 from distset.sets import ChunkedSet
 from distset.train import Example
 
-__all__ = ["BagModel", "BagTask", "bag_task"]
+__all__ = ["BagModel", "BagTask", "bag_task", "begin_with"]
 
 
 class BagModel(nn.Module):
@@ -110,6 +113,8 @@ def bag_task(
     element_shape: Sequence[int],
     classes: Sequence[str],
     class_weights: Sequence[float] | None = None,
+    freeze: str | None = None,
+    start: str | None = None,
     seed: int = 0,
 ) -> BagTask:
     """A task from plain configuration (see `distset.build`).
@@ -120,8 +125,15 @@ def bag_task(
         grad: the gradient strategy, or its configuration.
         element_shape: ``(D,)`` of vectors, ``(channels, height, width)`` of images.
         classes, class_weights: as in `BagTask`.
+        freeze: "head" for all that follows the features (encoder and head), "backbone" for what makes them.
+        start: checkpoint whose weights to begin with; see `begin_with`.
         seed: of the initial weights.
+
+    Raises:
+        ValueError: for images without a backbone, an unknown ``freeze`` or one without a backbone; as `begin_with`.
     """
+    if freeze not in (None, "head", "backbone") or (freeze and not backbone):
+        raise ValueError(f"freeze: got {freeze!r}, wanted head, backbone or null, and a backbone beside it")
     outputs = 1 if len(classes) == 2 else len(classes)
     with seeded(seed, torch.device("cpu")):
         extractor = None if not backbone else build(backbone, "backbone", shape=tuple(element_shape))
@@ -131,8 +143,36 @@ def bag_task(
                 f"backbone: got none, but elements are {tuple(element_shape)}; images need one, such as backbone=cnn"
             )
         encoder, head = build(model, "model", dim=dim, outputs=outputs)
+    if freeze == "head":
+        encoder.requires_grad_(False)
+        head.requires_grad_(False)
+    elif freeze == "backbone" and extractor is not None:
+        extractor.requires_grad_(False)
     encoder = encoder if extractor is None else _inside(extractor, encoder)
-    return BagTask(BagModel(encoder, head, build(grad, "grad")), classes, class_weights)
+    task = BagTask(BagModel(encoder, head, build(grad, "grad")), classes, class_weights)
+    if start is not None:
+        begin_with(task.model, start)
+    return task
+
+
+def begin_with(model: BagModel, path: str) -> None:
+    """Take the weights of a checkpoint: of the same model, or of one trained on this backbone's features without it.
+
+    Args:
+        model: gets the weights; where they have no backbone, its own stays.
+        path: a run folder (its best weights are taken), or a ``state.pt``.
+
+    Raises:
+        ValueError: for a file that is not there or no checkpoint, weights of another model.
+    """
+    file = Path(path) / "checkpoints" / "best" / "state.pt" if Path(path).is_dir() else Path(path)
+    weights, own = read_state(file)["model"], model.state_dict()
+    backbone = {name: tensor for name, tensor in own.items() if ".extractor." in name}
+    if backbone and not any(".extractor." in name for name in weights):
+        inner = {re.sub(r"^encoder\.(stages\.\d+\.)?", r"encoder.\1encoder.", name): t for name, t in weights.items()}
+        weights = {**backbone, **inner}
+    check_weights(model, weights, f"start: {file}")
+    model.load_state_dict(weights)
 
 
 def _width(extractor: nn.Module, element_shape: Sequence[int]) -> int:
