@@ -31,7 +31,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from distset.build import nearest
@@ -40,6 +39,7 @@ from distset.optim import Optimisation
 from distset.seeds import generator_for, seed_for, seeded
 from distset.sets import ChunkedSet
 from distset.waiting import Stopwatch
+from distset.world import World, current_world
 
 __all__ = ["BatchTask", "Example", "Fitted", "Parts", "Plan", "Task", "Watch", "Watches", "World", "fit", "predict_all"]
 
@@ -181,35 +181,6 @@ def _order(seed: int, epoch: int, size: int) -> list[int]:
     return torch.randperm(size, generator=generator_for(seed, "epoch", epoch)).tolist()
 
 
-class World:
-    """The processes that train together: torch.distributed's default group, or this process alone."""
-
-    def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-
-    def share(self, items: Sequence[Any]) -> Sequence[Any]:
-        return items[self.rank :: self.size]
-
-    def add_up(self, tensors: list[Tensor]) -> None:
-        """Add the tensors up over all processes, in place, in one collective."""
-        if self.size == 1:
-            return
-        widest = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        flat = torch.cat([tensor.reshape(-1).to(widest) for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(part.view_as(tensor))
-
-    def gather(self, item: Any) -> list[Any]:
-        """Everybody's item, by rank."""
-        if self.size == 1:
-            return [item]
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item)
-        return items
-
-
 class Watch:
     """What may look on while `fit` works; override what is of use. Called on every process."""
 
@@ -318,16 +289,16 @@ def fit(
 
 def predict_all(task: Task, examples: Sequence[Example], *, precision: str = "float32") -> tuple[list[Tensor], list[Any]]:
     """The outputs and targets of all examples, in order, on every process; each computes its share, in eval mode."""
-    world = World()
+    world = current_world()
     task.model.eval()
     mine = []
-    with torch.no_grad(), _autocast(task.model, precision):
+    with torch.no_grad(), _autocast(task.model, precision), world.step():
         for index in world.share(range(len(examples))):
             example = examples[index]
-            mine.append((task.predict(example.set).cpu(), example.target))
+            mine.append((task.predict(world.place(example.set)).cpu(), example.target))
     pairs: list[Any] = [None] * len(examples)
-    for rank, share in enumerate(world.gather(mine)):
-        pairs[rank :: world.size] = share
+    for part, share in enumerate(world.gather(mine)[:: world.team]):
+        pairs[part :: world.parts] = share
     return [output for output, _ in pairs], [target for _, target in pairs]
 
 
@@ -338,7 +309,7 @@ class _Loop:
         self, task: Task, train: Sequence[Example], valid: Sequence[Example], plan: Plan, optimisation: Optimisation
     ) -> None:
         self.task, self.train, self.valid, self.plan = task, train, valid, plan
-        self.world = World()
+        self.world = current_world()
         self.optimisation, self.optimiser = optimisation, optimisation.create(task.model)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         self.total = plan.steps(len(train))
@@ -360,7 +331,8 @@ class _Loop:
         for parameter in self.parameters:
             # Zeros, not None: whether a parameter counts as used must not depend on which process met it.
             parameter.grad = torch.zeros_like(parameter)
-        loss, elements = self._accumulate(indices)
+        with self.world.step():
+            loss, elements = self._accumulate(indices)
         tally = torch.tensor([loss, elements], device=self.parameters[0].device)
         self.world.add_up([*(p.grad for p in self.parameters if p.grad is not None), tally])
         loss, elements = tally.tolist()
@@ -379,7 +351,7 @@ class _Loop:
         starts = range(0, len(indices), size)
         for start in self.world.share(starts):
             group = indices[start : start + size]
-            examples = [self.train[index] for index in group]
+            examples = [Example(self.world.place(each.set), each.target) for each in (self.train[i] for i in group)]
             seed = seed_for(self.plan.seed, self.step, examples[0].set.name or group[0])
             # Dropout outside the encoder draws from torch's default generator: seeded here, put back after.
             with seeded(seed_for(seed, "task"), self.parameters[0].device):

@@ -20,6 +20,8 @@ from distset.bags import results as bag_results
 from distset.bags.runs import balance, check_run, train_bags
 from distset.build import build
 from distset.checkpoints import Checkpoints
+from distset.cluster.config import Cluster
+from distset.cluster.world import open_world
 from distset.data import Store
 from distset.files import write_atomically
 from distset.problems import runs as problems
@@ -175,11 +177,20 @@ def _train(process: Callable[..., Any], config: Config, run: RunFolder, watch: W
         return _on_cluster(process, config, run, own if watch is None else Watches(own, watch))
 
 
+def _in_this_process(process: Callable[[], Any], cluster: Cluster) -> Any:
+    if cluster.actors:
+        from distset.cluster.train import start_ray
+
+        start_ray(cluster)
+    with open_world(cluster):
+        return process()
+
+
 def _on_cluster(process: Callable[..., Any], config: Config, run: RunFolder, watch: Watch) -> Any:
     cluster = build(config["cluster"], "cluster")
     checkpoints = Checkpoints(run.checkpoints)
     if cluster.workers == 0:
-        return process(config, checkpoints, watch=watch)
+        return _in_this_process(functools.partial(process, config, checkpoints, watch=watch), cluster)
     from distset.cluster.storage import StorageCheckpoints
     from distset.cluster.train import train_on_ray
 

@@ -35,6 +35,7 @@ SPINE = """
     metrics optim losses
     choose
     explain
+    world
     train
     testing
 """
@@ -47,6 +48,8 @@ ABOVE = """
     bags.results bags.evaluate
     cluster
     training
+    search search.trial search.results
+    cluster.tune cluster.schedulers cluster.search_progress search.run
     reproduce
 """
 LINES = [line.split() for line in (SPINE + ABOVE).strip().splitlines()]

@@ -18,6 +18,11 @@ class Cluster(NamedTuple):
         storage: folder or URI (``s3://...``) of checkpoints that every worker sees; None for the run folder.
         max_failures: restarts after lost workers before giving up.
         check_seconds: how often lost workers are looked for.
+        set_parallel: so many successive workers share each set, and a batch is shared out to the ``workers / set_parallel``
+            teams; for sets so large that one worker sweeps them too slowly.
+        actors: of each worker: they sweep its sets, and sampled chunks are replayed by the worker (CPU machines beside a
+            GPU). 0 for none.
+        actor_cpus: cores of each actor, a fraction if you like.
         wait_seconds: how long to wait for resources that the cluster lacks at the start, such as nodes that an autoscaler
             has yet to bring; 0 for not at all.
     """
@@ -30,3 +35,6 @@ class Cluster(NamedTuple):
     max_failures: int = 3
     check_seconds: float = 0.5
     wait_seconds: float = 0.0
+    set_parallel: int = 1
+    actors: int = 0
+    actor_cpus: float = 1.0

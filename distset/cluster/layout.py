@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
-__all__ = ["runs"]
+__all__ = ["MAP_ELEMENTS", "runs", "wanted_ids"]
+
+MAP_ELEMENTS = 16_384
+"""Elements of a piece of work whose results come back one by one; those of a few pieces are held at a time."""
 
 
 def runs(count: int, parts: int) -> list[range]:
@@ -23,3 +27,11 @@ def runs(count: int, parts: int) -> list[range]:
     borders = [(2 * count * i + parts * unit) // (2 * parts * unit) * unit for i in range(parts)]
     borders = [min(border, count) for border in borders] + [count]
     return [range(start, stop) for start, stop in pairwise(borders)]
+
+
+def wanted_ids(count: int, ids: Sequence[int] | None) -> Sequence[int]:
+    """The chunks that a call is about: ``ids``, as a range (which takes next to no bytes) where they follow each other."""
+    if ids is None:
+        return range(count)
+    run = range(ids[0], ids[0] + len(ids)) if len(ids) else range(0)
+    return run if list(ids) == list(run) else list(ids)

@@ -24,15 +24,15 @@ from typing import Any
 
 from torch import Tensor
 
-from distset.cluster.layout import runs
+from distset.cluster.layout import MAP_ELEMENTS, runs, wanted_ids
 from distset.cluster.set_actor import Piece, Task
-from distset.cluster.set_actors import SetActors, Traffic
+from distset.cluster.set_actors import SetActors
+from distset.cluster.wire import Traffic
 from distset.sets import ChunkedSet, add_into
 from distset.states import merge_nodes
 
 __all__ = ["RaySet"]
 
-MAP_ELEMENTS = 16_384  # of a piece whose results come back one by one
 COARSE_ELEMENTS = 65_536  # a CPU actor's chunk, however large a GPU beside the caller would like it
 
 
@@ -76,7 +76,7 @@ class RaySet(ChunkedSet):
         return self.actors.traffic
 
     def map(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Iterator[Any]:
-        wanted = self._wanted(ids)
+        wanted = wanted_ids(self.num_chunks, ids)
         if len(wanted) <= self.local:
             return self.set.map(fn, *args, ids=ids)
         length = max(1, MAP_ELEMENTS // max(self.sizes))
@@ -85,14 +85,14 @@ class RaySet(ChunkedSet):
         return chain.from_iterable(self._run("map", fn, args, pieces, ahead))
 
     def merge(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> Any:
-        wanted = self._wanted(ids)
+        wanted = wanted_ids(self.num_chunks, ids)
         if len(wanted) <= self.local:
             return self.set.merge(fn, *args, ids=ids)
         pieces = self._slices(wanted)
         return merge_nodes(chain.from_iterable(self._run("merge", fn, args, pieces, len(pieces))))
 
     def sum(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> list[Tensor | None]:
-        wanted = self._wanted(ids)
+        wanted = wanted_ids(self.num_chunks, ids)
         if len(wanted) <= self.local:
             return self.set.sum(fn, *args, ids=ids)
         pieces = self._slices(wanted)
@@ -131,12 +131,6 @@ class RaySet(ChunkedSet):
         if whole._ref is None:
             whole._ref = self.actors.put(whole.set)
         return self.actors.run(Task(how, self._factor), whole._ref, fn, args, pieces, ahead)
-
-    def _wanted(self, ids: Sequence[int] | None) -> Sequence[int]:
-        if ids is None:
-            return range(self.num_chunks)
-        run = range(ids[0], ids[0] + len(ids)) if len(ids) else range(0)
-        return run if list(ids) == list(run) else list(ids)
 
     def _slices(self, wanted: Sequence[int]) -> list[Piece]:
         return [Piece(run.start, wanted[run.start : run.stop]) for run in runs(len(wanted), self.slices) if run]

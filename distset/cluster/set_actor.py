@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,12 +10,12 @@ import ray
 import torch
 from ray import cloudpickle
 
-from distset.cluster.wire import Packed, Tensors, pack, unpack
+from distset.cluster.wire import Failure, Packed, Tensors, pack, unpack
 from distset.sets import ChunkedSet
 from distset.states import merge_siblings
 from distset.versions import installed
 
-__all__ = ["Failure", "FunctionPickler", "Piece", "SetActor", "Task"]
+__all__ = ["FunctionPickler", "Piece", "SetActor", "Task"]
 
 
 class Piece(NamedTuple):
@@ -38,27 +37,6 @@ class Task(NamedTuple):
     how: str
     factor: int = 1
     sweeps: tuple[int, ...] = ()
-
-
-class Failure(NamedTuple):
-    """An error that fn raised, with where it did."""
-
-    error: bytes | None
-    text: str
-    node: str
-
-    @classmethod
-    def of(cls, error: Exception, node: str) -> Failure:
-        text = traceback.format_exc()
-        try:
-            return cls(cloudpickle.dumps(error), text, node)
-        except Exception:  # an error of a kind that does not travel: its text does
-            return cls(None, text, node)
-
-    def throw(self) -> None:
-        error = RuntimeError(self.text) if self.error is None else cloudpickle.loads(self.error)
-        error.add_note(f"on a set actor of node {self.node}:\n{self.text}")
-        raise error
 
 
 class FunctionPickler(Tensors, cloudpickle.CloudPickler):
@@ -86,9 +64,9 @@ class SetActor:
         except OSError as error:
             node = ray.util.get_node_ip_address()
             text = f"set: cannot be read on node {node} ({error}); every actor must see its files under the same path"
-            return Failure(cloudpickle.dumps(ValueError(text)), traceback.format_exc(), node)
+            return Failure.of(ValueError(text), f"a set actor of node {node}")
         except Exception as error:
-            return Failure.of(error, ray.util.get_node_ip_address())
+            return Failure.of(error, f"a set actor of node {ray.util.get_node_ip_address()}", FunctionPickler)
 
     def _work(self, refs: list[Any], task: Task, piece: Piece) -> Packed:
         chunks = self._set(refs[0], task.factor)

@@ -6,33 +6,18 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from torch import nn
 
 from distset.cluster.set_actor import FunctionPickler, Piece, SetActor, Task
 from distset.cluster.set_call import LOST, Call
-from distset.cluster.wire import device_of, pack, unpack
+from distset.cluster.wire import Traffic, device_of, pack, unpack
 from distset.encode import Sweep
 from distset.versions import differences, installed
 
-__all__ = ["SetActors", "Traffic"]
-
-
-class Traffic(NamedTuple):
-    """Bytes that crossed between the caller and its actors: ``down`` to them, ``up`` from them, in ``calls`` pieces.
-
-    What goes to all of them is counted once: Ray brings one object to each machine once, however many actors share it.
-    Ray's own headers, under a kilobyte a call, are not counted.
-    """
-
-    down: int = 0
-    up: int = 0
-    calls: int = 0
-
-    def __sub__(self, other: Traffic) -> Traffic:
-        return Traffic(*(mine - theirs for mine, theirs in zip(self, other)))
+__all__ = ["SetActors"]
 
 
 class SetActors:
@@ -82,8 +67,9 @@ class SetActors:
         """Start the actors that are not there yet, and wait for all of them.
 
         Raises:
-            RuntimeError: where the cluster has no room for them; says what is missing.
-            ValueError: where an actor has another version of distset, torch or Python.
+            ValueError: where the cluster has no room for them (says what is missing); where one runs other versions than
+                this process.
+            RuntimeError: where one dies while it starts.
         """
         if self.members:
             return
@@ -92,7 +78,7 @@ class SetActors:
         _, missing = ray.wait(waiting, num_returns=self.count, timeout=self.start_seconds)
         try:
             if missing:
-                raise RuntimeError(self.lack(len(missing)))
+                raise ValueError(self.lack(len(missing)))
             for member in self.members:
                 member.check()
         except LOST as error:
@@ -122,7 +108,7 @@ class SetActors:
     def put(self, tree: Any) -> Any:
         """One object for all actors."""
         packed = pack(tree, FunctionPickler)
-        self.count_traffic(down=packed.nbytes)
+        self.traffic = self.traffic.add(down=packed.nbytes)
         return ray.put(packed)
 
     def encoder_of(self, sweep: Sweep) -> Any:
@@ -174,9 +160,6 @@ class SetActors:
         if self.members[number].actor is actor:
             warnings.warn(f"actors: set actor {number} died; a new one takes its place", stacklevel=2)
             self.members[number] = Member(self._new(), attempt)
-
-    def count_traffic(self, down: int = 0, up: int = 0, calls: int = 0) -> None:
-        self.traffic = Traffic(self.traffic.down + down, self.traffic.up + up, self.traffic.calls + calls)
 
     def _new(self) -> Any:
         # SPREAD, which also leaves the placement group of a training worker that starts actors of its own.

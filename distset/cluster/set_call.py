@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
-from distset.cluster.set_actor import Failure, Piece, Task
-from distset.cluster.wire import Packed
+from distset.cluster.set_actor import Piece, Task
+from distset.cluster.wire import Failure, Packed
 
 if TYPE_CHECKING:
     from distset.cluster.set_actors import SetActors
@@ -81,7 +81,7 @@ class Call:
         actor = self.crew.members[member].actor
         ref = actor.work.remote(self.refs, self.task, self.pieces[piece])
         self.flying[ref] = _Flight(piece, member, actor, time.monotonic())
-        self.crew.count_traffic(calls=1)
+        self.crew.traffic = self.crew.traffic.add(calls=1)
 
     def _receive(self) -> None:
         if not self.flying:
@@ -104,7 +104,7 @@ class Call:
         if isinstance(answer, Failure):
             answer.throw()
         assert isinstance(answer, Packed)
-        self.crew.count_traffic(up=answer.nbytes)
+        self.crew.traffic = self.crew.traffic.add(up=answer.nbytes)
         if flight.piece not in self.done:
             self.done[flight.piece] = answer
 
@@ -143,4 +143,4 @@ class Call:
         stale = [ref for member in self.crew.members for ref in member.stale]
         seconds = self.crew.start_seconds if starting else None  # what is only busy will answer
         if not ray.wait(starting + stale, timeout=seconds)[0]:
-            raise RuntimeError(self.crew.lack(len(starting)))
+            raise ValueError(self.crew.lack(len(starting)))

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import traceback
@@ -21,6 +22,7 @@ from distset.cluster.config import Cluster
 from distset.cluster.metrics import Metrics
 from distset.cluster.progress import Mailbox, MailboxWatch, Postman
 from distset.cluster.resources import require_workers
+from distset.cluster.world import check_sharing, open_world
 from distset.train import Record, Watch, Watches
 from distset.versions import differences, installed
 
@@ -48,7 +50,8 @@ def start_ray(cluster: Cluster) -> None:
     else:
         # Ray gives way to every other process unless told otherwise; this training is what the user waits for.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        cores = max(os.cpu_count() or 1, cluster.workers * cluster.cpus)
+        each = cluster.cpus + cluster.actors * cluster.actor_cpus
+        cores = max(os.cpu_count() or 1, math.ceil(max(cluster.workers, 1) * each))
         ray.init(num_cpus=cores, include_dashboard=False, **quiet)
         found = int(ray.cluster_resources().get("GPU", 0))
         if cluster.gpu and found < cluster.workers:
@@ -74,10 +77,11 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
             worker runs other versions than the driver.
         RuntimeError: for any other error in it; where workers were lost more often than ``max_failures``.
     """
+    check_sharing(cluster)
     start_ray(cluster)
     require_workers(cluster)
     mailbox = Mailbox.remote()  # type: ignore[attr-defined]
-    job = {"process": process, "mailbox": mailbox, "name": name, "versions": installed()}
+    job = {"process": process, "mailbox": mailbox, "name": name, "versions": installed(), "cluster": cluster}
     try:
         # Ray Train wants a folder for checkpoints; ours are kept by fit(), see docs/decisions.md.
         with tempfile.TemporaryDirectory() as unused, Postman(mailbox, watch or Watch()):
@@ -119,7 +123,8 @@ def _work(job: dict[str, Any]) -> Any:
     report = _Reporting(mailbox if rank == 0 else None)
     try:
         check_versions(job["versions"])
-        result = job["process"](watch=Watches(report, Metrics(job["name"], rank)), device=device)
+        with open_world(job["cluster"]):
+            result = job["process"](watch=Watches(report, Metrics(job["name"], rank)), device=device)
     except Exception as error:
         if isinstance(error, ValueError):
             ray.get(mailbox.fail.remote("ValueError", str(error)))

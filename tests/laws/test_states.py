@@ -5,7 +5,7 @@ import torch
 from laws.zoo import DIM, encoders
 
 from distset import InMemory
-from distset.encode import _chunk_state, _Inputs, _Precision, Sweep
+from distset.encode import Sweep, _chunk_state, _Inputs, _Precision
 from distset.seeds import generator_for
 from distset.states import Max, Mean, Product, Softmax, Sum, TopK, merge_nodes, merge_siblings, merge_tree
 from distset.testing import check_state

@@ -262,7 +262,7 @@ def test_errors_come_back_as_what_they_are(tmp_path, elements, stored, crews):
 def test_a_cluster_too_small_says_what_is_missing(elements):
     crew = SetActors(2, num_cpus=500, start_seconds=1)
     lacks = r"2 of 2 set actors did not start within 1 s; each asks for 500 CPU, the cluster has 4 CPU"
-    with pytest.raises(RuntimeError, match=lacks):
+    with pytest.raises(ValueError, match=lacks):
         RaySet(InMemory(elements, CHUNK), crew).merge(lambda chunk: None)
     assert not crew.members
 
