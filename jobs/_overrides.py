@@ -48,7 +48,8 @@ def check_overrides(name: str, overrides: list[str]) -> None:
 
 
 def _check_choice(group: str, choice: str) -> None:
-    known = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    folder = CONF / group
+    known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     if choice not in known:
         close = get_close_matches(choice, known, n=1, cutoff=0.5)
         hint = f"did you mean {group}={close[0]}? " if close else ""

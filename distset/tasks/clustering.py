@@ -1,0 +1,156 @@
+r"""Amortized clustering: a set of points in, the mixture of Gaussians it came from out, in one pass.
+
+The loss is the mean negative log-likelihood of a set's points under the predicted mixture,
+
+.. math:: L = -\frac1N \sum_i \log \sum_k \pi_k\, N(x_i; \mu_k, \mathrm{diag}\, \sigma_k^2).
+
+References:
+    Willette et al.: Scalable Set Encoding with Universal Mini-Batch Consistency and Unbiased Full Set Gradient
+    Approximation. ICML 2023, section 4.1 and appendix C. https://arxiv.org/abs/2208.12401
+    Lee et al.: Set Transformer. ICML 2019. https://arxiv.org/abs/1810.00825
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distset.blocks import Mixture
+from distset.encode import encode_set
+from distset.encoders import ChunkEncoder
+from distset.seeds import seeded
+from distset.sets import ChunkedSet, InMemory
+from distset.train import Example, Parts
+
+__all__ = ["ClusteringModel", "ClusteringTask", "Truth", "clustering_task", "negative_log_likelihood", "to_mixture"]
+
+LEAST_VARIANCE = 1e-3
+Maker = Callable[..., tuple[ChunkEncoder, nn.Module]]
+
+
+class Truth(NamedTuple):
+    """What a group of sets is measured against: ``points (B, N, D)`` and the components ``labels (B, N)`` they came from."""
+
+    points: Tensor
+    labels: Tensor
+
+
+class ClusteringModel(nn.Module):
+    """The mixture of a set.
+
+    Args:
+        encoder: of the points.
+        head: from the encoding to ``(*, K, 1 + 2 D)``: logit of the weight, mean, and variance before its softplus.
+        grad: the gradient strategy of `encode_set`; `Exact()` if None.
+    """
+
+    def __init__(self, encoder: ChunkEncoder, head: nn.Module, grad: Any = None) -> None:
+        super().__init__()
+        self.encoder, self.head, self.grad = encoder, head, grad
+
+    def forward(self, set: ChunkedSet, *, seed: int | None = None) -> Tensor:
+        return self.head(encode_set(self.encoder, set, grad=self.grad, seed=seed))
+
+
+class ClusteringTask:
+    """Loss, prediction and metrics of amortized clustering.
+
+    Args:
+        model: gives ``(*, K, 1 + 2 D)`` for a set.
+        at_once: sets of a step that are encoded as one batch.
+    """
+
+    def __init__(self, model: ClusteringModel, at_once: int = 10) -> None:
+        self.model, self.at_once = model, at_once
+
+    def loss(self, example: Example, *, seed: int) -> Tensor:
+        """The negative log-likelihood of the set's points, the mean over them."""
+        return self.batch_loss([example], seed=seed)
+
+    def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
+        """The same for sets of one size, encoded as a batch."""
+        sets = _stacked([example.set for example in examples])
+        raw = self.model(sets, seed=seed)
+        return negative_log_likelihood(to_mixture(raw), sets.elements.to(raw)).mean()
+
+    def predict(self, set: ChunkedSet) -> Tensor:
+        """``(*, K, 1 + 2 D)``, see `to_mixture`."""
+        return self.model(set, seed=0)
+
+    def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Truth]) -> dict[str, float]:
+        """``loss``, the NLL per point, and ``rand_index``: the share of pairs of points that the likeliest components put
+        together or apart as the true ones do."""
+        losses, agreements = [], []
+        for raw, truth in zip(outputs, targets):
+            mixture = to_mixture(raw)
+            losses.append(negative_log_likelihood(mixture, truth.points).flatten())
+            found = mixture.log_joint(truth.points).argmax(-1)
+            agreements.append(rand_index(found, truth.labels, raw.shape[-2]).flatten())
+        return {"loss": float(torch.cat(losses).mean()), "rand_index": float(torch.cat(agreements).mean())}
+
+    def draw(self, folder: Path, parts: Parts) -> None:
+        """Clusterings of test sets, and one set in the four streaming settings."""
+        from distset.tasks.clustering_pictures import draw_clusterings, draw_streams  # matplotlib: not needed to train
+
+        self.model.eval()
+        if len(parts.test) and parts.test[0].target.points.shape[-1] == 2:
+            draw_clusterings(self.model, parts.test[0], folder / "clusterings.png")
+            draw_streams(self.model, parts.test[0], folder)
+
+
+def to_mixture(raw: Tensor) -> Mixture:
+    """``(*, K, 1 + 2 D)`` to weights by softmax, means, and variances by softplus, at least 0.001."""
+    dim = raw.shape[-1] // 2
+    weight, mean, variance = raw.split([1, dim, dim], -1)
+    return Mixture(weight.squeeze(-1).softmax(-1), mean, F.softplus(variance) + LEAST_VARIANCE)
+
+
+def negative_log_likelihood(mixture: Mixture, points: Tensor) -> Tensor:
+    """Of each set, the mean over its ``points (*, N, D)``: ``(*)``."""
+    return -mixture.log_joint(points).logsumexp(-1).mean(-1)
+
+
+def rand_index(found: Tensor, true: Tensor, classes: int) -> Tensor:
+    """The share of pairs of elements on which two labellings ``(*, N)`` agree, ``(*)``."""
+    a, b = F.one_hot(found, classes).double(), F.one_hot(true).double()
+    table = a.mT @ b
+    size = found.shape[-1]
+
+    def pairs(counts: Tensor) -> Tensor:
+        return (counts * (counts - 1)).flatten(counts.dim() - 1).sum(-1) / 2
+
+    together = (table * (table - 1)).sum((-2, -1)) / 2
+    rows, columns = pairs(table.sum(-1)), pairs(table.sum(-2))
+    whole = size * (size - 1) / 2
+    return (whole + 2 * together - rows - columns) / whole
+
+
+def clustering_task(
+    dim: int, components: int, *, model: Maker, grad: Any = None, at_once: int = 10, seed: int = 0
+) -> ClusteringTask:
+    """A task from plain configuration.
+
+    Args:
+        dim, components: of the mixtures; they follow from the data.
+        model: ``model(dim=..., components=...)`` gives an encoder and a head.
+        grad: the gradient strategy.
+        at_once: sets encoded as one batch.
+        seed: of the initial weights.
+    """
+    with seeded(seed, torch.device("cpu")):
+        encoder, head = model(dim=dim, components=components)
+    return ClusteringTask(ClusteringModel(encoder, head, grad), at_once)
+
+
+def _stacked(sets: Sequence[ChunkedSet]) -> InMemory:
+    """Sets of one size and one partition as a batch."""
+    first = sets[0]
+    if not all(isinstance(set, InMemory) and set.sizes == first.sizes for set in sets):
+        raise ValueError(f"examples: got sets of other sizes than {first!r}, wanted sets in memory, alike, for one batch")
+    elements = torch.stack([set.elements for set in sets])  # type: ignore[attr-defined]
+    return InMemory(elements, bounds=first.bounds, name=first.name)  # type: ignore[attr-defined]

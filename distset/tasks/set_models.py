@@ -1,0 +1,146 @@
+"""What the experiments on sets of points, pixels and words share: whole-set networks as encoders, and partitions.
+
+References as in `distset.encoders` and `distset.blocks`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from distset.blocks import PMA, SAB, DiffEM
+from distset.encode import encode_set
+from distset.encoders import UMBC, ChunkEncoder, Features
+from distset.encoders.pooling import accumulable
+from distset.seeds import generator_for
+from distset.sets import Chunk, InMemory
+from distset.states import Mean, Softmax
+
+__all__ = [
+    "FittedMixture",
+    "LinearFeatures",
+    "PerChunk",
+    "in_blocks",
+    "partition_variance",
+    "random_bounds",
+    "slots_to_vector",
+]
+
+
+class PerChunk(ChunkEncoder):
+    """A set network that is not mini-batch consistent: applied to every chunk on its own, and averaged over the chunks.
+
+    In one chunk this is the network itself. In several it is what one does for want of better, and its value depends on
+    the partition (Willette et al. 2023, figure 3): train it on whole sets, or on subsets that fit.
+
+    Args:
+        network: from ``(*, N, D)`` to a tensor of fixed shape, ``(*, D_out)`` or ``(*, K, D_out)``.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def encode(self, chunk: Chunk, query: Any) -> Mean:
+        if chunk.mask is not None:
+            raise ValueError("set: got a mask, wanted sets of one size for a network that sees each chunk as a whole")
+        pooled = accumulable(self.network(chunk.elements))
+        return Mean(pooled, torch.ones(pooled.shape[:-1], dtype=pooled.dtype, device=pooled.device))
+
+
+class LinearFeatures(Features):
+    r"""`Features` that end in a linear layer, for UMBC: sweeps without a graph do not apply that layer to the elements.
+
+    With :math:`x_i = W h_i + b` logits are :math:`k^\top x_i = (W^\top k)^\top h_i + k^\top b` and weighted sums
+    :math:`\sum_i w_i x_i = W \sum_i w_i h_i + b \sum_i w_i`: the same state at a multiplication a slot instead of one an
+    element. Where gradients are on, the layer is applied as written.
+
+    Args:
+        extractor: layers, the last of which is an `nn.Linear`.
+        encoder: a `UMBC`; one that does not fold its keys gets no faster.
+    """
+
+    def __init__(self, extractor: nn.Sequential, encoder: UMBC) -> None:
+        super().__init__(extractor, encoder)
+        if not isinstance(extractor[-1], nn.Linear):
+            raise ValueError(f"extractor: ends in {type(extractor[-1]).__name__}, wanted a linear layer")
+
+    def encode(self, chunk: Chunk, query: Any) -> Softmax:
+        encoder, layers = cast(UMBC, self.encoder), cast(nn.Sequential, self.extractor)
+        if torch.is_grad_enabled() or not encoder.fold:
+            return encoder.encode(self.features(chunk), query)
+        *others, last = cast(list[Any], list(layers))
+        h = chunk.elements
+        for layer in others:
+            h = layer(h)
+        hidden = chunk._replace(elements=h)
+        constant = query.keys @ last.bias.unsqueeze(-1)
+        keys = query.keys @ last.weight
+        if encoder.activation == "softmax":  # a constant of a slot moves the shift alone
+            state = encoder.encode(hidden, query._replace(keys=keys))
+            state = state._replace(shift=state.shift + constant)
+        else:
+            bias = constant if query.bias is None else query.bias + constant
+            state = encoder.encode(hidden, query._replace(keys=keys, bias=bias))
+        return state._replace(total=state.total @ last.weight.mT + state.mass * last.bias)
+
+
+class FittedMixture(nn.Module):
+    """`DiffEM` followed by a linear layer of all its components: a set ``(*, K, dim)`` to a vector ``(*, dim_out)``.
+
+    Args:
+        dim, components, heads, steps, tau: as in `DiffEM`.
+        dim_out: width of the vector; ``dim`` if None.
+    """
+
+    def __init__(
+        self, dim: int, *, dim_out: int | None = None, components: int = 4, heads: int = 5, steps: int = 3, tau: float = 0.01
+    ) -> None:
+        super().__init__()
+        self.fit = DiffEM(dim, components, heads=heads, steps=steps, tau=tau, floor=1e-3)
+        self.out = nn.Linear(heads * components * (1 + 2 * dim), dim if dim_out is None else dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.fit(x).flatten(-2))
+
+
+def slots_to_vector(width: int, *, blocks: int = 2, heads: int = 4, layer_norm: bool = True) -> nn.Sequential:
+    """A Set Transformer from slots ``(*, K, width)`` to one vector ``(*, width)``."""
+    attend = [SAB(width, heads=heads, layer_norm=layer_norm) for _ in range(blocks)]
+    return nn.Sequential(*attend, PMA(width, heads=heads, layer_norm=layer_norm), nn.Flatten(-2))
+
+
+def in_blocks(encoder: ChunkEncoder, elements: int = 1024) -> ChunkEncoder:
+    """The encoder, whose sweeps may take up to so many elements at once: small chunks cost no call of their own."""
+    encoder.block = elements
+    return encoder
+
+
+def partition_variance(encoder: ChunkEncoder, elements: Tensor, *, partitions: int = 100, seed: int = 0) -> float:
+    """The variance of an encoding over random partitions of a set, averaged over its entries (figure 3).
+
+    Every partition orders the elements anew and cuts them at random. The encoder's own draws stay the same.
+
+    Args:
+        encoder: in eval mode; float64 shows how far below rounding the variance is.
+        elements: ``(N, D)``.
+        partitions: how many.
+        seed: of the partitions.
+    """
+    size = len(elements)
+    values = []
+    with torch.no_grad():
+        for number in range(partitions):
+            random = generator_for(seed, "partition", number)
+            shuffled = elements[torch.randperm(size, generator=random)]
+            values.append(encode_set(encoder, InMemory(shuffled, bounds=random_bounds(size, random)), seed=0))
+    return float(torch.stack(values).var(0, correction=0).mean())
+
+
+def random_bounds(size: int, random: torch.Generator) -> list[int]:
+    """Borders of a random partition of ``size`` elements into 2 to 16 chunks."""
+    cuts = int(torch.randint(1, min(16, size), (), generator=random))
+    inner = 1 + torch.randperm(size - 1, generator=random)[:cuts]
+    return [0, *sorted(inner.tolist()), size]

@@ -1,0 +1,44 @@
+"""The set-encoder experiments train from the job: every model, gradient and data set runs two steps, and draws."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from distset.training import train_run
+from jobs._overrides import CONF
+
+SHORT = ["plan.epochs=null", "plan.max_steps=2", "plan.batch=2", "plan.log_every=1", "run.bar=false", "cluster=none"]
+CLUSTERING = sorted(path.stem for path in (CONF / "model" / "clustering").glob("*.yaml"))
+POINTS = ["data.examples.sets=[8,2,2]", "data.examples.size=32", "model.width=16"]
+
+
+def composed(*overrides: str) -> dict[str, Any]:
+    with initialize_config_module("conf", version_base="1.3"):
+        return OmegaConf.to_container(compose("train", overrides=[*overrides, *SHORT]), resolve=True)
+
+
+@pytest.mark.parametrize("model", CLUSTERING)
+def test_every_clustering_model_trains(model, tmp_path):
+    whole = model in ("set_transformer", "fspool", "diffem")
+    grad = ["grad=full", "data.examples.chunk_size=null"] if whole else []
+    config = composed("task=clustering", f"model=clustering/{model}", "run.plots=false", *POINTS, *grad)
+    metrics = train_run(config, tmp_path)
+    assert metrics["steps"] == 2
+    assert metrics["test"]["loss"] > metrics["baselines"]["true_mixture"]
+
+
+@pytest.mark.parametrize("grad", ["exact", "full", "subset"])
+def test_clustering_with_every_gradient(grad, tmp_path):
+    config = composed("task=clustering", "data=mixtures_wide", f"grad={grad}", "run.plots=false", *POINTS)
+    assert train_run(config, tmp_path)["test"]["loss"] > 0
+
+
+def test_clustering_draws_its_pictures(tmp_path):
+    train_run(composed("task=clustering", *POINTS), tmp_path)
+    assert {"clusterings.png", "streams.png", "streams_nll.png", "loss.png"} <= {
+        path.name for path in (tmp_path / "plots").iterdir()
+    }
