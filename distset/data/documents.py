@@ -1,0 +1,149 @@
+"""Long documents as bags of words: movie reviews, EURLEX57K, and the vocabulary that turns words into numbers.
+
+References:
+    Pang, Lee: A Sentimental Education. ACL 2004 (polarity data set 2.0).
+    Chalkidis et al.: Large-Scale Multi-Label Text Classification on EU Legislation. ACL 2019.
+    Park, Vyas, Shah: Efficient Classification of Long Documents Using Transformers. ACL 2022 (inverted EURLEX).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Documents", "Vocabulary", "read_eurlex", "read_movie_reviews"]
+
+PARTS = ("train", "dev", "test")
+WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?|[^\sa-z0-9]")
+
+
+class Documents(NamedTuple):
+    """Documents as lists of words, in reading order.
+
+    Attributes:
+        words: of each document.
+        labels: of each document the positions in ``classes`` that it has: one, or any number.
+        names: of the documents.
+        classes: names of the classes.
+    """
+
+    words: list[list[str]]
+    labels: list[list[int]]
+    names: list[str]
+    classes: list[str]
+
+    def take(self, positions: Iterable[int]) -> Documents:
+        """Some of the documents."""
+        chosen = list(positions)
+        return Documents(
+            [self.words[i] for i in chosen], [self.labels[i] for i in chosen], [self.names[i] for i in chosen], self.classes
+        )
+
+    def targets(self) -> NDArray[np.float32]:
+        """``(documents, classes)``, 1 where a document has the class."""
+        targets = np.zeros((len(self.words), len(self.classes)), np.float32)
+        for row, labels in enumerate(self.labels):
+            targets[row, labels] = 1
+        return targets
+
+
+class Vocabulary:
+    """Words as numbers: 0 is every word that it does not hold, the most frequent one is 1.
+
+    Args:
+        documents: of the training part.
+        size: most words that it holds.
+        least: occurrences that a word needs.
+
+    Example:
+        >>> vocabulary = Vocabulary([["a", "b", "a"], ["b", "a"]], size=1)
+        >>> len(vocabulary), vocabulary.ids(["b", "a", "x"]).tolist()
+        (2, [0, 1, 0])
+    """
+
+    def __init__(self, documents: Iterable[Sequence[str]], *, size: int = 20_000, least: int = 1) -> None:
+        counts = Counter(word for words in documents for word in words)
+        ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))  # ties by name: the same on every machine
+        self.words = ["<unknown>", *(word for word, count in ordered[:size] if count >= least)]
+        self._number = {word: number for number, word in enumerate(self.words)}
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def ids(self, words: Sequence[str]) -> NDArray[np.int64]:
+        """The numbers of words, int64 ``(N)``."""
+        return np.array([self._number.get(word, 0) for word in words], np.int64)
+
+
+def read_movie_reviews(path: str | Path) -> tuple[Documents, NDArray[np.int64]]:
+    """The 2,000 reviews, and the fold 0..9 of each by its number (cv000 to cv099 is fold 0), which is the usual division.
+
+    Args:
+        path: ``movie_reviews.zip``, or the folder that holds it.
+
+    Raises:
+        ValueError: for a path without the archive, an archive without reviews.
+    """
+    path = Path(path)
+    archive = path / "movie_reviews.zip" if path.is_dir() else path
+    if not archive.is_file():
+        raise ValueError(f"path: {path} has no movie_reviews.zip, wanted the archive of the polarity data set 2.0")
+    words, labels, names, folds = [], [], [], []
+    with zipfile.ZipFile(archive) as file:
+        for name in sorted(file.namelist()):
+            found = re.search(r"(neg|pos)/cv(\d)\d\d_[^/]*\.txt$", name)
+            if found:
+                words.append(file.read(name).decode("latin-1").split())
+                labels.append([int(found[1] == "pos")])
+                names.append(Path(name).stem)
+                folds.append(int(found[2]))
+    if not words:
+        raise ValueError(f"path: {archive} holds no neg/cv*.txt or pos/cv*.txt, wanted movie reviews")
+    return Documents(words, labels, names, ["negative", "positive"]), np.array(folds)
+
+
+def read_eurlex(path: str | Path, *, inverted: bool = True, limit: int | None = None) -> dict[str, Documents]:
+    """EURLEX57K: its parts ``train``, ``dev`` and ``test``, multi-label, with one list of classes.
+
+    Args:
+        path: the folder with ``train/*.json`` and so on, as the data set is published.
+        inverted: sections from the last to the first (main body, recitals, header), as in the paper: where a text is cut,
+            its telling header is what goes.
+        limit: the first so many documents of each part; None for all.
+
+    Raises:
+        ValueError: for a folder without the parts, a document without the fields.
+    """
+    texts: dict[str, list[list[str]]] = {}
+    concepts: dict[str, list[list[str]]] = {}
+    names: dict[str, list[str]] = {}
+    for part in PARTS:
+        files = sorted((Path(path) / part).glob("*.json"))[:limit]
+        if not files:
+            raise ValueError(f"path: {path} has no {part}/*.json, wanted the unpacked folder of EURLEX57K")
+        read = [_read_law(file, inverted) for file in files]
+        texts[part], concepts[part] = [words for words, _ in read], [own for _, own in read]
+        names[part] = [file.stem for file in files]
+    classes = sorted({concept for of in concepts.values() for own in of for concept in own})
+    number = {concept: place for place, concept in enumerate(classes)}
+    return {
+        part: Documents(texts[part], [[number[c] for c in own] for own in concepts[part]], names[part], classes)
+        for part in PARTS
+    }
+
+
+def _read_law(path: Path, inverted: bool) -> tuple[list[str], list[str]]:
+    law = json.loads(path.read_text(encoding="utf-8"))
+    if missing := {"header", "recitals", "main_body", "concepts"} - set(law):
+        raise ValueError(f"path: {path} has no {', '.join(sorted(missing))}, wanted a document of EURLEX57K")
+    head, body = [law["header"], law["recitals"]], list(law["main_body"])
+    sections = [*body, *head[::-1]] if inverted else [*head, *body]
+    return WORD.findall("\n".join(sections).lower()), list(law["concepts"])

@@ -1,0 +1,64 @@
+"""Readers of long documents, and the vocabulary."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+
+from distset.data.documents import Vocabulary, read_eurlex, read_movie_reviews
+
+
+def reviews(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("movie_reviews/pos/cv950_1.txt", "a fine film , truly")
+        file.writestr("movie_reviews/neg/cv003_2.txt", "no\nfilm")
+        file.writestr("movie_reviews/README", "not a review")
+
+
+def test_movie_reviews(tmp_path):
+    reviews(tmp_path / "movie_reviews.zip")
+    found, folds = read_movie_reviews(tmp_path)
+    assert found.words == [["no", "film"], ["a", "fine", "film", ",", "truly"]]
+    assert (found.labels, found.names, folds.tolist()) == ([[0], [1]], ["cv003_2", "cv950_1"], [0, 9])
+    assert found.targets().tolist() == [[1, 0], [0, 1]]
+    assert found.take([1]).names == ["cv950_1"]
+
+
+def test_the_real_reviews(data_folder):
+    found, folds = read_movie_reviews(data_folder / "movie_reviews")
+    assert len(found.words) == 2000
+    assert sum(label == [1] for label in found.labels) == 1000
+    assert [(folds == fold).sum() for fold in range(10)] == [200] * 10
+    assert (min(map(len, found.words)), max(map(len, found.words))) == (17, 2678)
+
+
+def test_eurlex_is_read_with_its_sections_inverted(tmp_path):
+    law = {"header": "Council Decision", "recitals": "Whereas,", "main_body": ["Article 1", "Article 2"]}
+    for part, concepts in {"train": ["20", "7"], "dev": ["7"], "test": []}.items():
+        (tmp_path / part).mkdir()
+        (tmp_path / part / f"{part}.json").write_text(json.dumps({**law, "concepts": concepts}))
+    parts = read_eurlex(tmp_path)
+    assert parts["train"].words[0] == ["article", "1", "article", "2", "whereas", ",", "council", "decision"]
+    assert read_eurlex(tmp_path, inverted=False)["dev"].words[0][:2] == ["council", "decision"]
+    assert parts["train"].classes == ["20", "7"]
+    assert [parts[part].labels for part in parts] == [[[0, 1]], [[1]], [[]]]
+
+
+def test_bad_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"path: .* has no movie_reviews.zip"):
+        read_movie_reviews(tmp_path)
+    with pytest.raises(ValueError, match=r"path: .* has no train/\*.json"):
+        read_eurlex(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.json").write_text(json.dumps({"header": ""}))
+    with pytest.raises(ValueError, match=r"a.json has no concepts, main_body, recitals"):
+        read_eurlex(tmp_path)
+
+
+def test_vocabulary_keeps_the_most_frequent_words():
+    vocabulary = Vocabulary([["b", "a", "c"], ["b", "c", "c"]], size=2)
+    assert vocabulary.words == ["<unknown>", "c", "b"]
+    assert vocabulary.ids(["a", "b", "c"]).tolist() == [0, 2, 1]
+    assert len(Vocabulary([["a", "b", "b"]], least=2)) == 2
