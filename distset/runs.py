@@ -21,7 +21,7 @@ from distset.data import Split, Store
 from distset.files import write_atomically
 from distset.tasks.bags import BagTask
 
-__all__ = ["RunFolder", "make_task"]
+__all__ = ["RunFolder", "check_same", "make_task"]
 
 PACKAGES = ("distset", "torch", "numpy", "pyarrow", "ray", "hydra-core", "scikit-learn")
 MAY_CHANGE = ("cluster", "run")
@@ -75,7 +75,7 @@ class RunFolder:
         path = Path(path)
         if (path / "config.yaml").is_file():
             run = cls(path)
-            _check_same(run.config, config, path)
+            check_same(run.config, config, path)
             return run
         path.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
@@ -146,16 +146,30 @@ def make_task(config: Mapping[str, Any], element_shape: Sequence[int], classes: 
     )
 
 
-def _check_same(then: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+def check_same(
+    then: Mapping[str, Any], now: Mapping[str, Any], path: Path, *, may_change: Sequence[str] = MAY_CHANGE, what: str = "run"
+) -> None:
+    """Raise where a folder's configuration is not the one given.
+
+    Args:
+        then: the folder's.
+        now: the one given.
+        path: of the folder.
+        may_change: sections, and dotted keys, that may differ.
+        what: the folder holds.
+
+    Raises:
+        ValueError: names what differs.
+    """
     before, after = dict(_leaves(then)), dict(_leaves(now))
-    keys = [key for key in {**before, **after} if key.split(".")[0] not in MAY_CHANGE]
+    keys = [key for key in {**before, **after} if not {key, key.split(".")[0]} & set(may_change)]
     changed = [key for key in keys if before.get(key) != after.get(key)]
     if changed:
         shown = ", ".join(f"{key} {before.get(key)!r} -> {after.get(key)!r}" for key in changed[:4])
         more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
         raise ValueError(
-            f"run.dir: {path} holds a run of another configuration ({shown}{more}); choose another run.dir, or repeat its "
-            f"command to go on"
+            f"run.dir: {path} holds a {what} of another configuration ({shown}{more}); choose another run.dir, or repeat "
+            f"its command to go on"
         )
 
 
