@@ -20,7 +20,7 @@ from distset.data.schema import need
 from distset.offers import Offers
 from distset.seeds import seed_for
 
-__all__ = ["celeba_offers"]
+__all__ = ["celeba_faces", "celeba_offers"]
 
 PARTS = {"train": "0", "val": "1", "test": "2"}
 
@@ -48,6 +48,20 @@ def celeba_offers(
         row[~picked[b]] = rng.choice(both, size - count, replace=False)
         faces.append(torch.stack([_face(folder / "img_align_celeba" / names[i], side) for i in row]))
     return Offers(torch.stack(faces), torch.tensor(picked), rule="faces without two attributes of the others")
+
+
+def celeba_faces(path: str | Path, part: str, *, count: int | None = None, side: int = 32) -> Tensor:
+    """The first ``count`` faces of ``part`` (all of them if None), values ``(count, side, side, 3)`` in [0, 1].
+
+    Raises:
+        ValueError: for a folder without the files, a part that does not exist.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part: got {part!r}, wanted one of {', '.join(PARTS)}")
+    folder = Path(path)
+    names, _ = _attributes(folder, PARTS[part])
+    faces = [_face(folder / "img_align_celeba" / name, side) for name in names[:count]]
+    return torch.stack(faces).view(-1, 3, side, side).permute(0, 2, 3, 1).contiguous()
 
 
 def _attributes(folder: Path, part: str) -> tuple[list[str], np.ndarray]:

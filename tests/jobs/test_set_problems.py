@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from idx_files import write_idx
 from omegaconf import OmegaConf
 
 from distset.training import train_run
@@ -42,3 +43,26 @@ def test_clustering_draws_its_pictures(tmp_path):
     assert {"clusterings.png", "streams.png", "streams_nll.png", "loss.png"} <= {
         path.name for path in (tmp_path / "plots").iterdir()
     }
+
+
+COMPLETION = sorted(path.stem for path in (CONF / "model" / "completion").glob("*.yaml"))
+PIXELS = [
+    "data.examples.images=[8,2,2]",
+    "data.examples.side=8",
+    "data.examples.contexts=[20,40]",
+    "task.context=[20,40]",
+    "task.chunk_size=10",
+    "task.targets=30",
+    "task.width=8",
+]
+
+
+@pytest.mark.parametrize("model", COMPLETION)
+def test_every_completion_model_trains(model, tmp_path):
+    write_idx(tmp_path)
+    whole = ["grad=full", "task.chunk_size=null", "data.examples.chunk_size=null"] if model == "set_transformer" else []
+    plots = f"run.plots={'true' if model == 'deepsets' else 'false'}"
+    given = [f"data.examples.path={tmp_path}", plots, *PIXELS, *whole]
+    metrics = train_run(composed("task=completion", f"model=completion/{model}", *given), tmp_path / "run")
+    assert {"loss", "context/20", "context/40", "rmse"} <= set(metrics["test"])
+    assert (tmp_path / "run" / "plots" / "completions.png").exists() == (model == "deepsets")
