@@ -27,7 +27,7 @@ __all__ = ["Descriptors", "MatchingTask", "matching_task"]
 
 
 class Descriptors(nn.Module):
-    """Points ``(*, N, 2 + F)`` to descriptors ``(*, N, D)``: a DeepSets over the distances of each point, and its features."""
+    """Points ``(*, N, 2 + F)`` to descriptors ``(*, N, D)``: a DeepSets over a point's distances, and its features."""
 
     def __init__(self, features: int = 0, dim: int = 32, width: int = 64) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Descriptors(nn.Module):
 class MatchingTask:
     """Loss, prediction and metrics of keypoint matching.
 
-    An example is both clouds as one set of ``n + m`` points ``(*, n + m, 2 + F)`` (the first n are the smaller cloud) with the
+    An example is both clouds as one set of ``n + m`` points ``(*, n + m, 2 + F)``, the first n of the smaller cloud, with the
     true match ``(*, n, m)``.
 
     Args:

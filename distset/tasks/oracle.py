@@ -8,7 +8,10 @@ are the published choices. An example is an offer, or a batch of offers of one s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from math import isqrt
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from distset.choose import by_size, by_threshold, overlap
-from distset.fixed_point import Implicit, Iteration, OneStep, Stop, Unrolled
+from distset.fixed_point import FixedPointWarning, Implicit, Iteration, OneStep, Solution, Stop, Unrolled
 from distset.gains import Drawn, GainsEstimator, Smoothed
 from distset.large_offers import offer_logits, offer_loss, solve_offer
 from distset.mean_field import L2, Constant, Scale, mean_field, oracle_loss
@@ -24,7 +27,7 @@ from distset.offers import check_offer
 from distset.seeds import generator_for, seed_for
 from distset.set_functions import Independent, SetFunction, SumUtility, elbo, published_recognition, published_utility
 from distset.sets import ChunkedSet, InMemory
-from distset.train import Example
+from distset.train import Example, Parts
 
 __all__ = ["OracleModel", "OracleTask", "Solve", "diffmf_task", "equivset_task", "idiffmf_task"]
 
@@ -91,7 +94,7 @@ class OracleTask:
     def predict(self, set: ChunkedSet) -> Tensor:
         """The logits of psi, ``(*, N)``; padding has -inf. The same offer gives the same ones."""
         if set.num_chunks > 1:
-            return offer_logits(self._utility(), set, self._field(set, seed=0))
+            return offer_logits(self._utility(), set, self._large_field(set, seed=0))
         elements, mask = self._elements(set)
         logits = self._logits(elements, mask, seed=0)
         return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
@@ -119,16 +122,41 @@ class OracleTask:
             rows.setdefault("loss", []).append(oracle_loss(finite, chosen, mask).reshape(1).expand(many))
         return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
 
+    def draw(self, folder: Path, parts: Parts) -> None:
+        """The residual by iteration over the first test offers; chosen and found, where elements are points or images."""
+        from distset.report.choices import plot_chosen_images, plot_chosen_points, plot_residuals
+
+        example = parts.test[0]
+        elements, mask = self._elements(example.set)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FixedPointWarning)  # a map that does not settle is what the plot may show
+            long = self.solve._replace(grad=OneStep(), stop=Stop(max_steps=50, atol=1e-7, rtol=1e-7))
+            plot_residuals(self._field(elements, mask, 0, long).trace, folder / "residual.png")
+            logits = self._field(elements, mask, 0, self.solve).value
+        if mask is not None:
+            return
+        truth = _membership(example.target, logits)
+        found = by_size(logits, truth.sum(-1)).chosen
+        side = isqrt(elements.shape[-1] // 3) if elements.shape[-1] % 3 == 0 else isqrt(elements.shape[-1])
+        channels = elements.shape[-1] // side**2
+        if elements.shape[-1] == 2:
+            plot_chosen_points(elements[:4], truth[:4], found[:4], folder / "chosen.png")
+        elif elements.min() >= 0 and elements.max() <= 1 and channels * side**2 == elements.shape[-1] >= 64:
+            images = elements[:6].unflatten(-1, (channels, side, side))
+            plot_chosen_images(images, truth[:6], found[:6], folder / "chosen.png")
+
     def _logits(self, elements: Tensor, mask: Tensor | None, seed: int) -> Tensor:
+        return self._field(elements, mask, seed, self.solve).value
+
+    def _field(self, elements: Tensor, mask: Tensor | None, seed: int, how: Solve) -> Solution:
         start = None
         if self.model.recognition is not None:
             with torch.no_grad():
                 start = self.model.recognition(elements).masked(mask).logits
-        gains, scale, grad, iteration, stop = self.solve
         return mean_field(
-            self.model.utility, elements, gains=gains, scale=scale, grad=grad, iteration=iteration, stop=stop,
-            start=start, mask=mask, generator=generator_for(seed, "draws"),
-        ).value  # fmt: skip
+            self.model.utility, elements, gains=how.gains, scale=how.scale, grad=how.grad, iteration=how.iteration,
+            stop=how.stop, start=start, mask=mask, generator=generator_for(seed, "draws"),
+        )  # fmt: skip
 
     def _bound(self, elements: Tensor, mask: Tensor | None, seed: int) -> Tensor:
         assert self.model.recognition is not None
@@ -146,9 +174,9 @@ class OracleTask:
 
     def _large_loss(self, example: Example, seed: int) -> Tensor:
         positions = _membership(example.target, torch.empty(len(example.set))).nonzero().squeeze(-1)
-        return offer_loss(self._utility(), example.set, self._field(example.set, seed), positions)
+        return offer_loss(self._utility(), example.set, self._large_field(example.set, seed), positions)
 
-    def _field(self, offer: ChunkedSet, seed: int) -> Any:
+    def _large_field(self, offer: ChunkedSet, seed: int) -> Any:
         gains, scale, grad, iteration, stop = self.solve
         if not isinstance(gains, Smoothed | None) or not isinstance(scale, Constant | None) or self.model.recognition:
             raise ValueError(
