@@ -1,42 +1,65 @@
-"""Feature selection learns which pixels to keep."""
+"""Feature selection learns which pixels to keep, by the true gradient."""
+
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
-from distset.expect import LeaveOneOut, NoBaseline, ScoreFunction, Simple
-from distset.subsets import KSubset
-from distset.tasks.feature_selection import FeatureSelection, select_features
+from distset.expect import LeaveOneOut, ScoreFunction, Simple
+from distset.optim import Optimisation
+from distset.problems.pixels import ImageExamples
+from distset.sets import InMemory
+from distset.tasks.feature_selection import FeatureSelection, FeatureSelectionTask
+from distset.train import BatchTask, Example, Plan, fit
 
 
 def images() -> Tensor:
-    """Eight pixels: four of them independent, and a copy of each at lower contrast."""
-    bits = torch.randint(0, 2, (400, 4), generator=torch.Generator().manual_seed(0)).float()
-    return torch.cat([bits, 0.5 + 0.02 * (bits - 0.5)], -1)
+    """Eight pixels: four of them independent, and a copy of each at lower contrast; bytes ``(400, 2, 4)``."""
+    bits = torch.randint(0, 2, (400, 4), generator=torch.Generator().manual_seed(0))
+    return torch.stack([255 * bits, 125 + 5 * bits], 1).to(torch.uint8)
 
 
 @pytest.mark.parametrize("grad", [None, ScoreFunction(LeaveOneOut()), Simple()], ids=repr)
 def test_the_informative_pixels_are_found(grad) -> None:
     torch.manual_seed(0)
-    model = FeatureSelection(8, 4, hidden=32, num_samples=16, grad=grad)
-    losses = [step.loss for step in select_features(model, images(), steps=250, batch=64, rate=2e-2)]
-    assert sum(losses[-20:]) / 20 < 0.6 * losses[0]
-    assert model.subset.mode[:4].sum() == 4
-    assert model.evaluate(images()) < losses[-1] + 0.05
+    task = FeatureSelectionTask(FeatureSelection(8, 4, hidden=32), grad, num_samples=16, width=4)
+    assert isinstance(task, BatchTask)
+    examples = ImageExamples(images(), torch.zeros(400))
+    optimisation = Optimisation(torch.optim.Adam, lr=4e-2, weight_decay=0.0, warmup=0.0, schedule="constant", clip=None)
+    fitted = fit(task, examples, plan=Plan(epochs=None, max_steps=160, batch=64, log_every=10), optimisation=optimisation)
+    losses = [record["train/loss"] for record in fitted.history]
+    assert losses[-1] < 0.65 * losses[0]
+    assert task.model.subset.mode[:4].sum() == 4
+    with torch.no_grad():
+        outputs = [task.predict(example.set) for example in examples]
+        assert task.metrics(outputs, [0] * 400)["loss"] < losses[-1] + 0.05
 
 
-def test_steps_repeat() -> None:
-    def run() -> list[float]:
-        torch.manual_seed(0)
-        model = FeatureSelection(8, 2, hidden=8, num_samples=4, grad=ScoreFunction(NoBaseline()), seed=3)
-        return [step.loss for step in select_features(model, images(), steps=5)]
+@pytest.mark.parametrize("grad", [None, ScoreFunction(LeaveOneOut())], ids=repr)
+def test_the_gradient_is_that_of_the_enumerated_loss(grad) -> None:
+    torch.manual_seed(0)
+    model = FeatureSelection(6, 3, hidden=5).double()
+    task = FeatureSelectionTask(model, grad, num_samples=6)
+    batch = [Example(InMemory(torch.rand(6, 1), name=str(i)), 0) for i in range(4)]
+    pixels = torch.stack([example.set.elements.squeeze(-1) for example in batch]).double()
+    masks = torch.tensor([[float(i in c) for i in range(6)] for c in itertools.combinations(range(6), 3)]).double()
+    weights = (masks @ model.logits).softmax(0)
+    truth = (weights * task.cross_entropy(pixels, masks).mean(-1)).sum()
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(truth, parameters)
+    runs = 120
+    found = [torch.autograd.grad(task.batch_loss(batch, seed=seed), parameters) for seed in range(runs)]
+    for name, want, got in zip(dict(model.named_parameters()), wanted, zip(*found)):
+        draws = torch.stack(got)
+        error = (draws.mean(0) - want).abs() / (draws.std(0) / runs**0.5 + 1e-12)
+        assert error.max() < 5, name
 
-    assert run() == run()
 
-
-def test_bad_images() -> None:
-    model = FeatureSelection(8, 2, hidden=8)
-    assert isinstance(model.subset, KSubset)
-    for bad in (torch.zeros(3, 7), torch.full((3, 8), 2.0)):
-        with pytest.raises(ValueError, match="images: got shape"):
-            next(select_features(model, bad, steps=1))
+def test_groups_and_single_images_measure_the_same() -> None:
+    torch.manual_seed(0)
+    task = FeatureSelectionTask(FeatureSelection(8, 2, hidden=8), width=4)
+    examples = ImageExamples(images(), torch.zeros(400))
+    group = InMemory(torch.stack([example.set.elements for example in examples[:7]]))
+    single = torch.stack([task.predict(example.set) for example in examples[:7]])
+    torch.testing.assert_close(task.predict(group), single)

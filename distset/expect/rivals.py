@@ -47,8 +47,8 @@ class GumbelSoftmax(Estimator):
         self.tau, self.hard = _positive("tau", tau), hard
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        k = _one_k(subset)
-        keys = perturbed(_logits(subset), (num_samples,), _generator(subset, seed))
+        k = one_k(subset)
+        keys = perturbed(plain_logits(subset), (num_samples,), _generator(subset, seed))
         z = relaxed_top_k(keys, k, self.tau)
         if self.hard:
             z = top_k(keys.detach(), k) + (z - z.detach())
@@ -73,7 +73,7 @@ class GumbelScore(Estimator):
     exact_samples, unbiased, needs_differentiable_f = False, False, False
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        z = top_k(perturbed(_logits(subset).detach(), (num_samples,), _generator(subset, seed)), _one_k(subset))
+        z = top_k(perturbed(plain_logits(subset).detach(), (num_samples,), _generator(subset, seed)), one_k(subset))
         values = f(z)
         if not (torch.is_grad_enabled() and subset.logits.requires_grad):
             return values.mean(0)
@@ -134,7 +134,7 @@ class NCPSS(Estimator):
         self.tau = _positive("tau", tau)
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        logits = _logits(subset)
+        logits = plain_logits(subset)
         possible = (logits > -torch.inf).sum(-1)
         if bool((logits == torch.inf).any() | (subset.k == 0).any() | (subset.k >= possible).any()):
             raise ValueError(
@@ -233,7 +233,7 @@ class IMLE(Estimator):
         self.noise = noise
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        logits, k = _logits(subset), _one_k(subset)
+        logits, k = plain_logits(subset), one_k(subset)
         noise = SumOfGamma(max(k, 1)) if self.noise is None else self.noise
         shape = (num_samples, *logits.shape)
         drawn = noise.sample(shape, _generator(subset, seed), logits.dtype, logits.device)
@@ -292,12 +292,12 @@ def calibrating_tilt(logits: Tensor, k: Tensor) -> Tensor:
     return (tilt - error / variance).reshape(logits.shape[:-1]).to(logits.dtype)
 
 
-def _logits(subset: KSubset) -> Tensor:
+def plain_logits(subset: KSubset) -> Tensor:
     """In the subset's batch shape and the precision of its results."""
     return subset.logits.to(subset.mode.dtype).expand(*subset.batch_shape, subset.n)
 
 
-def _one_k(subset: KSubset) -> int:
+def one_k(subset: KSubset) -> int:
     ks = subset.k.unique()
     if len(ks) > 1:
         raise ValueError(
