@@ -30,6 +30,7 @@ SPINE = """
     projections
     encode fixed_point expect
     solve solvers.check
+    perturb_and_map
     gains
     mean_field large_offers
     metrics optim losses
