@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from typing import Any
 
 import pytest
@@ -66,3 +67,20 @@ def test_every_completion_model_trains(model, tmp_path):
     metrics = train_run(composed("task=completion", f"model=completion/{model}", *given), tmp_path / "run")
     assert {"loss", "context/20", "context/40", "rmse"} <= set(metrics["test"])
     assert (tmp_path / "run" / "plots" / "completions.png").exists() == (model == "deepsets")
+
+
+DOCUMENTS = sorted(path.stem for path in (CONF / "model" / "documents").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", DOCUMENTS)
+def test_every_document_model_trains(model, tmp_path):
+    if model == "umbc_bert":
+        pytest.importorskip("transformers")
+    with zipfile.ZipFile(tmp_path / "movie_reviews.zip", "w") as file:
+        for number in range(20):
+            kind, word = (("neg", "dull"), ("pos", "fine"))[number % 2]
+            file.writestr(f"movie_reviews/{kind}/cv{number // 2}{number:02d}_1.txt", f"a {word} film of {number} minutes")
+    given = [f"data.examples.path={tmp_path}", "data.examples.chunk_size=2", "model.width=8", "run.plots=false"]
+    metrics = train_run(composed("task=documents", f"model=documents/{model}", *given), tmp_path / "run")
+    assert {"loss", "micro_f1", "macro_f1"} == set(metrics["test"])
+    assert metrics["baselines"]["naive_bayes"] == 1.0

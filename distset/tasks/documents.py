@@ -1,0 +1,97 @@
+"""Long documents as sets of words: every word counts, none is cut off.
+
+References:
+    Willette et al.: Scalable Set Encoding with Universal Mini-Batch Consistency and Unbiased Full Set Gradient
+    Approximation. ICML 2023, section 4.3 and appendix G. https://arxiv.org/abs/2208.12401
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distset.encode import encode_set
+from distset.encoders import ChunkEncoder
+from distset.seeds import seeded
+from distset.sets import ChunkedSet
+from distset.train import Example
+
+__all__ = ["DocumentModel", "DocumentTask", "document_task"]
+
+Maker = Callable[..., tuple[ChunkEncoder, nn.Module]]
+
+
+class DocumentModel(nn.Module):
+    """Logits of a document.
+
+    Args:
+        encoder: of words, int64 ``(N, 1)``.
+        head: from the encoding to logits ``(C)``.
+        grad: the gradient strategy of `encode_set`; `Exact()` if None.
+    """
+
+    def __init__(self, encoder: ChunkEncoder, head: nn.Module, grad: Any = None) -> None:
+        super().__init__()
+        self.encoder, self.head, self.grad = encoder, head, grad
+
+    def forward(self, set: ChunkedSet, *, seed: int | None = None) -> Tensor:
+        return self.head(encode_set(self.encoder, set, grad=self.grad, seed=seed))
+
+
+class DocumentTask:
+    """Loss, prediction and metrics of document classification; a target is float ``(C)``, 1 where a document has the class.
+
+    Args:
+        model: gives logits ``(C)``.
+        multi_label: any number of classes a document, each by a sigmoid; else one, by softmax.
+    """
+
+    def __init__(self, model: DocumentModel, *, multi_label: bool) -> None:
+        self.model, self.multi_label = model, multi_label
+
+    def loss(self, example: Example, *, seed: int) -> Tensor:
+        """Cross-entropy: the mean over the classes where a document may have several."""
+        return self._loss(self.model(example.set, seed=seed), torch.as_tensor(example.target))
+
+    def predict(self, set: ChunkedSet) -> Tensor:
+        """Logits ``(C)``."""
+        return self.model(set, seed=0)
+
+    def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
+        """``loss``, ``micro_f1`` (the accuracy where a document has one class) and ``macro_f1``."""
+        from sklearn.metrics import f1_score  # not needed for a model alone
+
+        logits, truth = torch.stack(list(outputs)), torch.stack([torch.as_tensor(target) for target in targets])
+        likeliest = F.one_hot(logits.argmax(-1), logits.shape[-1])
+        found = (logits > 0).int() if self.multi_label else likeliest
+        scores = {
+            f"{kind}_f1": float(f1_score(truth.int().numpy(), found.numpy(), average=kind, zero_division=0))
+            for kind in ("micro", "macro")
+        }
+        return {"loss": float(self._loss(logits, truth)), **scores}
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        target = target.to(logits)
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, target)
+        return F.cross_entropy(logits, target)  # probabilities as target, of which one is 1
+
+
+def document_task(
+    words: int, classes: Sequence[str], multi_label: bool, *, model: Maker, grad: Any = None, seed: int = 0
+) -> DocumentTask:
+    """A task from plain configuration.
+
+    Args:
+        words, classes, multi_label: of the documents; they follow from the data.
+        model: ``model(words=..., outputs=...)`` gives an encoder and a head.
+        grad: the gradient strategy.
+        seed: of the initial weights.
+    """
+    with seeded(seed, torch.device("cpu")):
+        encoder, head = model(words=words, outputs=len(classes))
+    return DocumentTask(DocumentModel(encoder, head, grad), multi_label=multi_label)
