@@ -332,6 +332,6 @@ def test_every_choice_composes_and_builds(group, choice):
     with initialize_config_module("conf", version_base="1.3"):
         config = OmegaConf.to_container(compose("train", overrides=overrides), resolve=True)
     vectors = str(config["backbone"].get("_target_")).endswith(("None", "mlp", "standardise"))
-    make_task(config, (10,) if vectors else (3, 27, 27), ["no", "yes"])
+    make_task(config, (10,) if vectors else (3, 40, 40), ["no", "yes"])
     for section in ("plan", "optim", "cluster"):
         build(config[section], section)
