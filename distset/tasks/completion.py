@@ -25,6 +25,7 @@ from distset.encode import encode_set
 from distset.encoders import ChunkEncoder
 from distset.seeds import generator_for, seeded
 from distset.sets import ChunkedSet, InMemory
+from distset.tasks.set_models import Waves
 from distset.train import Example, Parts
 
 __all__ = ["CompletionModel", "CompletionTask", "Images", "completion_task", "context_of", "gaussian_nll", "pixel_places"]
@@ -49,16 +50,27 @@ class CompletionModel(nn.Module):
         channels: C.
         width: of the code and the decoder.
         layers: hidden layers of the decoder.
+        frequencies: of a place's sines and cosines, see `Waves`; 0 for none, as published.
         grad: the gradient strategy of `encode_set`; `Exact()` if None.
     """
 
     def __init__(
-        self, encoder: ChunkEncoder, pool: nn.Module, channels: int, *, width: int, layers: int = 3, grad: Any = None
+        self,
+        encoder: ChunkEncoder,
+        pool: nn.Module,
+        channels: int,
+        *,
+        width: int,
+        layers: int = 3,
+        frequencies: int = 0,
+        grad: Any = None,
     ) -> None:
         super().__init__()
         self.encoder, self.pool, self.grad = encoder, pool, grad
+        waves = Waves(frequencies)
         # A linear layer of (code, place) in two parts: the code's is computed once a set, not once a pixel.
-        self.from_code, self.from_place = nn.Linear(width, width), nn.Linear(2, width, bias=False)
+        self.from_code = nn.Linear(width, width)
+        self.from_place = nn.Sequential(waves, nn.Linear(2 + waves.added, width, bias=False))
         hidden: list[nn.Module] = []
         for _ in range(layers - 1):
             hidden += [nn.ReLU(inplace=True), nn.Linear(width, width)]
@@ -169,16 +181,18 @@ def completion_task(
     grad: Any = None,
     width: int = 64,
     layers: int = 3,
+    frequencies: int = 0,
     context: Sequence[int] = (100, 500),
     chunk_size: int | None = 100,
     targets: int | None = 256,
     at_once: int = 16,
     seed: int = 0,
 ) -> CompletionTask:
-    """A task from plain configuration; ``model(dim=..., width=...)`` gives an encoder and what pools it to a code."""
+    """A task from plain configuration: ``model(dim=..., width=..., frequencies=...)`` gives an encoder and what pools its
+    encoding to a code; the rest as in `CompletionModel` and `CompletionTask`."""
     with seeded(seed, torch.device("cpu")):
-        encoder, pool = model(dim=2 + shape[2], width=width)
-        network = CompletionModel(encoder, pool, shape[2], width=width, layers=layers, grad=grad)
+        encoder, pool = model(dim=2 + shape[2], width=width, frequencies=frequencies)
+        network = CompletionModel(encoder, pool, shape[2], width=width, layers=layers, frequencies=frequencies, grad=grad)
     return CompletionTask(network, shape, context=context, chunk_size=chunk_size, targets=targets, at_once=at_once)
 
 

@@ -87,6 +87,36 @@ class LinearFeatures(Features):
         return state._replace(total=state.total @ last.weight.mT + state.mass * last.bias)
 
 
+class Waves(nn.Module):
+    r"""The first two entries x of an element, a place in [-1, 1]², also as sines and cosines of :math:`2^j \pi x / 2`.
+
+    A network of few steps tells near places apart by these; ``frequencies=0`` leaves elements as they are.
+
+    Args:
+        frequencies: F, j = 0 .. F - 1.
+    """
+
+    def __init__(self, frequencies: int) -> None:
+        super().__init__()
+        if frequencies < 0:
+            raise ValueError(f"frequencies: got {frequencies}, wanted 0 or more")
+        self.frequencies = frequencies
+        self.rates: Tensor
+        self.register_buffer("rates", torch.pi / 2 * 2.0 ** torch.arange(frequencies), persistent=False)
+
+    @property
+    def added(self) -> int:
+        """Entries that an element gains."""
+        return 4 * self.frequencies
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, 2 + C)`` to ``(*, 2 + C + 4 F)``."""
+        if self.frequencies == 0:
+            return x
+        angles = (x[..., :2].unsqueeze(-1) * self.rates).flatten(-2)
+        return torch.cat([x, angles.sin(), angles.cos()], -1)
+
+
 class FittedMixture(nn.Module):
     """`DiffEM` followed by a linear layer of all its components: a set ``(*, K, dim)`` to a vector ``(*, dim_out)``.
 
