@@ -23,7 +23,7 @@ from distset.build import build
 from distset.data import ingest
 from jobs._overrides import check_overrides
 
-__all__ = ["ensure_store", "job"]
+__all__ = ["absolute_paths", "ensure_store", "job"]
 
 
 def job(name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], None]]:
@@ -45,15 +45,17 @@ def job(name: str) -> Callable[[Callable[[dict[str, Any]], None]], Callable[[], 
 
 
 def ensure_store(data: dict[str, Any]) -> None:
-    """Where ``data.make`` names a source, store its sets at ``data.path``; a finished store is left as it is.
+    """Where ``data.make`` names a source, store its sets at ``data.path``; a finished store is left as it is."""
+    absolute_paths(data)
+    if data.get("make") is not None:
+        ingest(build(data["make"], "data.make"), data["path"], told=data["make"])
 
-    Paths become absolute: workers may have another working directory.
-    """
+
+def absolute_paths(data: dict[str, Any]) -> None:
+    """Make the paths of the data absolute, in place: workers may have another working directory."""
     for section in (data, data.get("examples", {})):
         if "path" in section:
             section["path"] = str(Path(section["path"]).resolve())
-    if data.get("make") is not None:
-        ingest(build(data["make"], "data.make"), data["path"], told=data["make"])
 
 
 def _or_exit(call: Callable[[], Any]) -> None:

@@ -47,11 +47,13 @@ ABOVE = """
     run_log runs
     problems bags bags.runs bags.predict bags.explain
     bags.results bags.evaluate
+    doctor.findings
     cluster
     training
     search search.trial search.results
     cluster.tune cluster.schedulers cluster.search_progress search.run
     reproduce
+    doctor
 """
 LINES = [line.split() for line in (SPINE + ABOVE).strip().splitlines()]
 RANK = {f"distset.{name}": rank for rank, line in enumerate(LINES) for name in line}

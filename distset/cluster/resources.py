@@ -20,31 +20,51 @@ class Room(NamedTuple):
 
     Attributes:
         bundle: what one worker asks for, ``{"CPU": 4.0, "GPU": 1.0}``.
-        workers: how many are asked for.
-        fits: how many find room, on all nodes, were they free.
+        workers, actors: how many are asked for; all the actors of all the workers.
+        actor_cpus: of one actor.
+        fits, actors_fit: how many find room, on all nodes, were they free; actors beside the workers.
         nodes: how many there are.
         total, free: of each resource asked for, on all nodes.
     """
 
     bundle: dict[str, float]
     workers: int
+    actors: int
+    actor_cpus: float
     fits: int
+    actors_fit: int
     nodes: int
     total: dict[str, float]
     free: dict[str, float]
 
     @property
-    def missing(self) -> int:
-        """Workers without room, however idle the cluster."""
-        return max(self.workers - self.fits, 0)
+    def missing(self) -> str:
+        """Who lacks room, however idle the cluster: ``"2 of 8 workers"``; empty where nobody does."""
+        lacking = (
+            (self.workers - self.fits, self.workers, "workers"),
+            (self.actors - self.actors_fit, self.actors, "actors"),
+        )
+        return " and ".join(f"{lack} of {asked} {who}" for lack, asked, who in lacking if lack > 0)
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """All that is asked for of each resource."""
+        own = {name: amount * self.workers for name, amount in self.bundle.items()}
+        return {**own, "CPU": own["CPU"] + self.actors * self.actor_cpus}
+
+    @property
+    def busy(self) -> bool:
+        """Whether others are using what is asked for."""
+        return any(self.free[name] < amount for name, amount in self.asked.items())
 
     def describe(self) -> str:
         """Asked and there, as a clause of a sentence."""
-        asked = " and ".join(f"{amount * self.workers:g} {name}" for name, amount in self.bundle.items())
+        asked = " and ".join(f"{amount:g} {name}" for name, amount in self.asked.items())
         there = " and ".join(f"{self.total[name]:g} {name} ({self.free[name]:g} free)" for name in self.bundle)
         each = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+        actors = f" with {self.actors} actors of {self.actor_cpus:g} CPU" if self.actors else ""
         nodes = f"{self.nodes} node{'s' * (self.nodes != 1)}"
-        return f"{self.workers} workers of {each} ask for {asked}; the cluster's {nodes} have {there}, room for {self.fits}"
+        return f"{self.workers} workers of {each}{actors} ask for {asked}; the cluster's {nodes} have {there}"
 
 
 def room_for(cluster: Cluster) -> Room:
@@ -55,7 +75,9 @@ def room_for(cluster: Cluster) -> Room:
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in bundle}
     available = ray.available_resources()
     free = {name: available.get(name, 0.0) for name in bundle}
-    return Room(bundle, cluster.workers, fits, len(nodes), total, free)
+    actors, left = cluster.workers * cluster.actors, total["CPU"] - min(fits, cluster.workers) * cluster.cpus
+    actors_fit = int(left // cluster.actor_cpus) if cluster.actor_cpus else actors
+    return Room(bundle, cluster.workers, actors, cluster.actor_cpus, fits, actors_fit, len(nodes), total, free)
 
 
 def require_workers(cluster: Cluster) -> None:
@@ -69,7 +91,8 @@ def require_workers(cluster: Cluster) -> None:
     room = room_for(cluster)
     if room.missing and not cluster.wait_seconds:
         raise ValueError(_shortage(room, cluster))
-    group = placement_group([room.bundle] * cluster.workers, strategy="PACK")
+    actors = [{"CPU": room.actor_cpus}] * room.actors if room.actor_cpus else []
+    group = placement_group([room.bundle] * room.workers + actors, strategy="PACK")
     try:
         placed = group.wait(timeout_seconds=max(cluster.wait_seconds, SETTLE_SECONDS))
     finally:
@@ -81,7 +104,7 @@ def require_workers(cluster: Cluster) -> None:
 def _shortage(room: Room, cluster: Cluster) -> str:
     waited = f" after {cluster.wait_seconds:g} s of waiting" if cluster.wait_seconds else ""
     if room.missing:
-        lack = f"{room.missing} of {room.workers} workers lack a place{waited}"
+        lack = f"{room.missing} lack a place{waited}"
         advice = "lower cluster.workers or cluster.cpus, add nodes, or"
     else:
         lack = f"others are using what the workers need{waited}"

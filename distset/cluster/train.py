@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import tempfile
 import traceback
 from typing import Any, Protocol
@@ -29,6 +30,10 @@ from distset.versions import differences, installed
 __all__ = ["Process", "check_versions", "start_ray", "train_on_ray"]
 
 
+CONNECT_SECONDS = 10.0
+"""For the port of a Ray cluster to answer in."""
+
+
 class Process(Protocol):
     """What each worker runs: a module's function, or a `functools.partial` of one."""
 
@@ -38,21 +43,24 @@ class Process(Protocol):
 def start_ray(cluster: Cluster) -> None:
     """Connect to the cluster's Ray or start one here, without its chatter; nothing where one is connected.
 
+    A Ray of this machine has no dashboard and no job server; its ports ask for the token in ``~/.ray/auth_token``, which Ray
+    makes, unless ``RAY_AUTH_MODE=disabled``.
+
     Raises:
-        ValueError: for GPUs that this machine has not; a cluster may still get them.
+        ValueError: for an address where nothing answers; for GPUs that this machine has not (a cluster may still get them).
     """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, **quiet)
+        _connect(address, quiet)
     else:
         # Ray gives way to every other process unless told otherwise; this training is what the user waits for.
         os.environ.setdefault("RAY_worker_niceness", "0")
         each = cluster.cpus + cluster.actors * cluster.actor_cpus
         cores = max(os.cpu_count() or 1, math.ceil(max(cluster.workers, 1) * each))
-        ray.init(num_cpus=cores, include_dashboard=False, **quiet)
+        ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)  # not one that happens to run
         found = int(ray.cluster_resources().get("GPU", 0))
         if cluster.gpu and found < cluster.workers:
             ray.shutdown()
@@ -60,6 +68,19 @@ def start_ray(cluster: Cluster) -> None:
                 f"cluster.gpu: got {cluster.workers} workers with a GPU each, this machine has {found}; set cluster.gpu to "
                 f"false, lower cluster.workers, or name a cluster (cluster.address)"
             )
+
+
+def _connect(address: str, quiet: dict[str, Any]) -> None:
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if port.isdigit():  # Ray itself tries for many minutes
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, **quiet)
+    except OSError as error:
+        raise ValueError(
+            f"cluster.address: nothing answers at {address} ({error}); start Ray there, run this as a job of the cluster "
+            f"(docs/cluster.md), or leave the address out for a Ray of this machine"
+        ) from error
 
 
 def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = None, name: str = "run") -> Any:

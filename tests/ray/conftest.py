@@ -10,6 +10,13 @@ def cluster():
     ray = pytest.importorskip("ray")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine starves the workers
     os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # ten times as often as by default
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        ignore_reinit_error=True,
+    )
     yield ray
     ray.shutdown()

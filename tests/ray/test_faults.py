@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
 
-from distset.cluster import train
+from distset.cluster import preflight, train
 from distset.cluster.config import Cluster
 from distset.cluster.resources import room_for
 from distset.cluster.train import train_on_ray
@@ -18,6 +23,7 @@ from distset.train import Watch
 from distset.versions import differences, installed
 
 pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
 
 
 def unused(*, watch: Watch, device: torch.device) -> None:
@@ -31,12 +37,19 @@ def unused(*, watch: Watch, device: torch.device) -> None:
         (
             Cluster(workers=9),
             r"cluster.workers: 5 of 9 workers lack a place: 9 workers of 1 CPU ask for 9 CPU; the cluster's 1 node have "
-            r"4 CPU \(.* free\), room for 4. Either lower cluster.workers or cluster.cpus, add nodes, or raise cluster.wait",
+            r"4 CPU \(.* free\). Either lower cluster.workers or cluster.cpus, add nodes, or raise cluster.wait",
         ),
-        (Cluster(workers=2, cpus=3, wait_seconds=0.2), r"1 of 2 workers lack a place after 0.2 s of waiting: .* room for 1"),
+        (
+            Cluster(workers=2, cpus=3, wait_seconds=0.2),
+            r"1 of 2 workers lack a place after 0.2 s of waiting: .* ask for 6 CPU",
+        ),
         (
             Cluster(workers=1, gpu=True),
-            r"1 of 1 workers lack a place: .* 1 CPU and 1 GPU; .* and 0 GPU \(0 free\), room for 0",
+            r"1 of 1 workers lack a place: .* 1 CPU and 1 GPU; .* and 0 GPU \(0 free\)",
+        ),
+        (
+            Cluster(workers=1, actors=4),
+            r"1 of 4 actors lack a place: 1 workers of 1 CPU with 4 actors of 1 CPU ask for 5 CPU",
         ),
     ],
 )
@@ -57,7 +70,7 @@ def test_a_busy_cluster_says_so_and_is_free_again_afterwards(cluster, monkeypatc
 
     other = Other.remote()
     cluster.get(other.here.remote())
-    with pytest.raises(ValueError, match=r"others are using what the workers need: .* have 4 CPU \(1 free\), room for 4"):
+    with pytest.raises(ValueError, match=r"others are using what the workers need: .* have 4 CPU \(1 free\)"):
         train_on_ray(unused, Cluster(workers=3))
     cluster.kill(other)
     end = time.monotonic() + 20
@@ -90,28 +103,87 @@ def test_versions_that_matter():
     assert set(installed()) == {"python", "distset", "torch", "numpy", "pyarrow", "ray"}
 
 
-STRANGER = """
-import json, urllib.error, urllib.request
+def answers_to_a_stranger(node: dict) -> set[int]:
+    """What the agents of a node say to one without a token who wants code to run."""
+    asked = [f"{node['RuntimeEnvAgentPort']}/get_or_create_runtime_env"]
+    if node["DashboardAgentListenPort"] > 0:  # where another Ray of the machine has the port, this one does without
+        asked.append(f"{node['DashboardAgentListenPort']}/api/job_agent/jobs/")
+    job, codes = json.dumps({"entrypoint": "true"}).encode(), set()
+    for place in asked:
+        where = f"http://{node['NodeManagerAddress']}:{place}"
+        request = urllib.request.Request(where, job, {"Content-Type": "application/json"})
+        try:
+            codes.add(urllib.request.urlopen(request, timeout=10).status)
+        except urllib.error.HTTPError as error:
+            codes.add(error.code)
+    return codes
+
+
+def test_nothing_is_run_for_strangers(cluster):
+    """Ray's agents listen on every interface; what they ask for is a token."""
+    assert answers_to_a_stranger(cluster.nodes()[0]) == {401}
+
+
+def test_a_ray_of_ones_own_has_no_dashboard(monkeypatch):
+    asked: dict = {}
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(train.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(train.ray, "init", lambda **how: asked.update(how))
+    monkeypatch.setattr(train.ray, "cluster_resources", dict)
+    train.start_ray(Cluster())
+    assert asked["include_dashboard"] is False
+    assert asked["address"] == "local"  # no Ray of somebody else's that runs here
+    assert "dashboard_host" not in asked
+
+
+ALONE = """
 import ray
 from distset.cluster.config import Cluster
 from distset.cluster.train import start_ray
+from tests.ray.test_faults import answers_to_a_stranger
 
 start_ray(Cluster())
-node = ray.nodes()[0]["NodeManagerAddress"]
-job = json.dumps({"entrypoint": "true"}).encode()
-request = urllib.request.Request(f"http://{node}:52365/api/job_agent/jobs/", job, {"Content-Type": "application/json"})
-try:
-    print("answer", urllib.request.urlopen(request, timeout=10).status)
-except urllib.error.HTTPError as error:
-    print("answer", error.code)
+print("answers", answers_to_a_stranger(ray.nodes()[0]))
 print("dashboard", ray._private.worker._global_node.webui_url or "none")
 """
 
 
-def test_a_ray_of_ones_own_has_no_dashboard_and_takes_no_jobs_from_strangers(tmp_path):
-    """Ray's agents listen on every interface; what they ask for is a token."""
+@pytest.mark.slow
+def test_a_ray_started_by_a_job_is_closed_to_strangers(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", STRANGER], env=environment, capture_output=True, text=True, timeout=120)
+    environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["answer 401", "dashboard none"]
+    assert done.stdout.splitlines()[-2:] == ["answers {401}", "dashboard none"]
+
+
+def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(train.ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(ValueError, match=rf"cluster.address: nothing answers at 127.0.0.1:{port} .*refused"):
+        train.start_ray(Cluster(address=f"127.0.0.1:{port}"))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_doctor_asks_every_node(tmp_path, monkeypatch):
+    (tmp_path / "store.json").touch()
+    storage = str(tmp_path / "checkpoints")
+    asked = Cluster(workers=2, address="auto", storage=storage)
+    assert [finding.level for finding in preflight.check_cluster(asked, need=2**20)] == ["ok"]
+    assert [finding.level for finding in preflight.check_nodes(tmp_path / "store.json", storage)] == ["ok"]
+    (small,) = preflight.check_cluster(asked._replace(workers=9), need=None)
+    assert (small.level, small.message[:15]) == ("fail", "9 workers of 1 ")
+    (waiting,) = preflight.check_cluster(asked._replace(workers=9, wait_seconds=60), need=None)
+    assert (waiting.level, waiting.advice[:19]) == ("warn", "training waits 60 s")
+    large = list(preflight.check_cluster(asked, need=2**50))
+    assert "the smallest node has" in large[-1].message
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "asks for no token" in list(preflight.check_cluster(asked, need=None))[-1].message
+    monkeypatch.setattr(preflight, "installed", lambda: {**installed(), "torch": "9.9.0"})
+    found = list(preflight.check_nodes(tmp_path / "none", f"{tmp_path}/store.json/run"))
+    assert {finding.level for finding in found} == {"fail"}
+    told = [finding.message for finding in found]
+    assert "instead of 9.9.0" in told[0]
+    assert "does not see" in told[1]
+    assert "cluster.storage: " in told[2]

@@ -1,0 +1,121 @@
+"""This machine: its software, and room for the run in memory and on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from distset.cluster.config import Cluster
+from distset.doctor.findings import Finding, fail, ok, warn
+
+__all__ = ["available_memory", "check_cores", "check_disk", "check_memory", "check_software", "process_memory"]
+
+SPARE = 2**30
+"""Bytes that a disk should have left over."""
+CGROUP = Path("/sys/fs/cgroup")
+OPTIONAL = ("dev", "solvers")
+
+
+def check_software() -> Iterator[Finding]:
+    """Python and packages in the ranges that distset names in its own metadata."""
+    from packaging.requirements import Requirement  # Ray brings it
+
+    wanted = importlib.metadata.metadata("distset")
+    if not _allows(wanted["Requires-Python"], platform.python_version()):
+        yield fail(f"Python is {platform.python_version()}, wanted {wanted['Requires-Python']}", "make a new environment")
+    bad = []
+    for requirement in map(Requirement, importlib.metadata.requires("distset") or []):
+        if requirement.name == "distset" or any(f'"{extra}"' in str(requirement.marker) for extra in OPTIONAL):
+            continue
+        try:
+            found = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "not installed"
+        if found == "not installed" or not requirement.specifier.contains(found, prereleases=True):
+            bad.append(f"{requirement.name} is {found}, wanted {requirement.specifier}")
+    if bad:
+        yield fail("; ".join(bad), "pip install -c constraints.txt 'distset[jobs]'")
+        return
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "ray", "pyarrow")}
+    shown = ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield ok(f"Python {platform.python_version()}, {shown}: all within the supported ranges")
+
+
+def check_cores(cluster: Cluster) -> Iterator[Finding]:
+    """Cores and GPUs of this machine, for workers that run on it."""
+    cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    workers = max(cluster.workers, 1)
+    if workers * cluster.cpus > cores:
+        yield warn(
+            f"{workers} workers of {cluster.cpus} cores each on a machine of {cores}",
+            "they take turns; lower cluster.workers or cluster.cpus",
+        )
+    if cluster.gpu and gpus < workers:
+        yield fail(
+            f"{workers} workers want a GPU each, torch finds {gpus} here",
+            "set cluster.gpu=false, lower cluster.workers, install the driver and a CUDA build of torch, or name a cluster",
+        )
+    elif gpus and not cluster.gpu:
+        yield warn(f"torch finds {gpus} GPU here, the run will not use it", "choose cluster=gpu")
+    if workers * cluster.cpus <= cores and (not cluster.gpu or gpus >= workers):
+        yield ok(f"{workers} worker{'s' * (workers > 1)} on this machine: {cores} cores, {gpus} GPU")
+
+
+def check_memory(need: int, workers: int, available: int, where: str = "this machine") -> Iterator[Finding]:
+    """Room for ``workers`` processes of ``need`` bytes each in ``available`` bytes."""
+    told = f"a worker takes about {_size(need)}; {where} has {_size(available)} for {workers}"
+    advice = "lower data.chunk_size, use grad=exact or grad=sampled, a smaller model, or fewer workers on each machine"
+    if need * workers > available:
+        yield fail(told, advice)
+    elif need * workers > 0.8 * available:
+        yield warn(told + ", which is close", advice)
+    else:
+        yield ok(told)
+
+
+def check_disk(folder: Path, need: int, what: str) -> Iterator[Finding]:
+    """Room for ``need`` bytes where ``folder`` is, or will be; and whether it can be written."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not os.access(there, os.W_OK) or not there.is_dir():
+        yield fail(f"{there} cannot be written", "choose another run.dir")
+        return
+    free = shutil.disk_usage(there).free
+    told = f"{what} take about {_size(need)}, {_size(free)} are free at {there}"
+    if free < need:
+        yield fail(told, "make room, or choose another run.dir")
+    elif free < need + SPARE:
+        yield warn(told, "make room: a full disk ends the run (it can go on later)")
+    else:
+        yield ok(told)
+
+
+def available_memory() -> int:
+    """Bytes that processes here may still take: the machine's, or what the container's limit leaves."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free
+
+
+def process_memory() -> int:
+    """Bytes that this process took at most so far: about what the software takes in a worker."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _allows(specifier: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(version)
+
+
+def _size(number: int) -> str:
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.0f} MiB"
