@@ -116,6 +116,7 @@ def test_spaces_that_are_none(tree, message):
         (["search=asha", "search.scheduler.grace=0"], "search.scheduler.grace: got 0"),
         (["search=asha", "search.scheduler.factor=1"], "search.scheduler.factor: got 1"),
         (["search=pbt", "search.trials=1"], "search.trials: got 1, wanted a population of at least 2"),
+        (["search=pbt", "search.concurrency=2"], "search.concurrency: the trials of a population take turns"),
         (["search=pbt", "seeds=[0,1]"], "search.scheduler: a population is made of single runs, got folds or seeds"),
         (["search=pbt", "search.scheduler.quantile=0.7"], "search.scheduler.quantile: got 0.7"),
         (

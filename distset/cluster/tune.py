@@ -11,6 +11,7 @@ driver of a Ray Train run of so many workers, which needs no core of its own.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -88,11 +89,12 @@ def search_on_ray(
     shutil.rmtree(scratch, ignore_errors=True)
     progress = Progress(search, trials, bar=base["run"]["bar"])
     tuner = tune.Tuner(
-        tune.with_resources(_trainable(Job(dict(base), search, folder)), _resources(cluster)),
+        tune.with_resources(_trainable(Job(dict(base), search, folder)), _resources(search, cluster)),
         param_space={"trial": tune.grid_search([{"number": n, "settings": own.current} for n, own in first.items()])},
         tune_config=tune.TuneConfig(
             scheduler=scheduler_for(search, space, done, left),
-            max_concurrent_trials=_concurrency(search, cluster),
+            max_concurrent_trials=search.concurrency if cluster.workers == 0 else None,
+            reuse_actors=cluster.workers == 0,  # a stopped trial's workers end with its actor
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
@@ -138,11 +140,9 @@ def _train(job: Job, folder: TrialFolder, settings: Mapping[str, Any]) -> None:
     except Exception as error:
         write_atomically(folder.path / "error.txt", traceback.format_exc())
         what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        known = folder.lineage
-        assert known is not None, "the search wrote it down"
-        folder.write("failed", known, error=what.strip())
+        folder.end("failed", error=what.strip())
         return
-    folder.write("finished", lineage, **figures)
+    folder.end("finished", **figures)
     tune.report({"progress": 100.0, "value": figures["value"], "now": figures["value"]})
 
 
@@ -189,19 +189,17 @@ def _storage(job: Job, folder: TrialFolder, lineage: Lineage) -> str | None:
     return cluster["storage"] if cluster["workers"] else None
 
 
-def _resources(cluster: Cluster) -> Any:
-    """Of a trial's actor: the cores that it trains on, or a place on this machine, where the run folders are."""
+def _resources(search: Search, cluster: Cluster) -> Any:
+    """Of a trial's actor: the cores that it trains on; of the driver of a Ray Train run, a place on this machine.
+
+    The run folders are on this machine. Its resource, of which there is one, also keeps the number of such trials to those
+    whose workers find room: the others would wait for them.
+    """
     if cluster.workers == 0:
         return {"CPU": cluster.cpus}
-    return tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
-
-
-def _concurrency(search: Search, cluster: Cluster) -> int | None:
-    """Trials at a time; a trial whose workers find no room would wait for others that do."""
-    if cluster.workers == 0:
-        return search.concurrency
     room = max(room_for(cluster).fits // cluster.workers, 1)
-    return room if search.concurrency is None else min(search.concurrency, room)
+    at_once = room if search.concurrency is None else min(search.concurrency, room)
+    return tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": math.floor(1000 / at_once) / 1000}])
 
 
 def _name(trial: Any) -> str:

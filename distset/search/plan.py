@@ -149,6 +149,11 @@ def _check_population(search: Search, space: Space, base: Mapping[str, Any]) -> 
             "search.scheduler: a population is made of single runs, got folds or seeds; leave both null, and train the best "
             "trial's configuration with them"
         )
+    if search.concurrency is not None and base["cluster"]["workers"] == 0:
+        raise ValueError(
+            "search.concurrency: the trials of a population take turns where they do not find room at once; leave it null, "
+            "and say by cluster.cpus how much of the machine each takes"
+        )
     if search.trials is not None and search.trials < 2:
         raise ValueError(f"search.trials: got {search.trials}, wanted a population of at least 2")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,14 +111,16 @@ def write_results(folder: Path, search: Search, space: Space, base: dict[str, An
     figures = {key: record.get(key) for key in ("number", "value", "std", "settings", "changes")}
     write_json(folder / "search.json", {"metric": search.metric, "mode": search.mode, "trials": counts, "best": figures})
     head = _head(search, counts, record)
-    again = f"the best trial's configuration is {folder / 'best' / 'config.yaml'}; to train it:\n\n    {command(folder)}\n"
+    line = command(folder, base["cluster"])
+    again = f"the best trial's configuration is {folder / 'best' / 'config.yaml'}; to train it:\n\n    {line}\n"
     write_atomically(folder / "summary.md", f"# Search\n\n{head}\n\n{_markdown(table)}\n\n{again}")
     return f"{head}\n{again}everything is in {folder} (see README.md there)"
 
 
-def command(folder: Path) -> str:
-    """What trains the best trial again, in one process as its trial was."""
-    return f"python -m jobs.train --config-dir {folder / 'best'} --config-name config"
+def command(folder: Path, cluster: Mapping[str, Any]) -> str:
+    """What trains the best trial again, with as many threads as it had: their number changes the rounding."""
+    threads = "" if cluster["workers"] else f"OMP_NUM_THREADS={max(1, int(cluster['cpus']))} "
+    return f"{threads}python -m jobs.train --config-dir {folder / 'best'} --config-name config"
 
 
 def shown(value: Any) -> str:
@@ -139,7 +141,7 @@ def _write_best(folder: Path, search: Search, base: dict[str, Any], best: TrialF
     config["cluster"] = base["cluster"]
     config["run"] = {**base["run"], "dir": str(folder / "best" / "run")}
     write_atomically(folder / "best" / "config.yaml", HYDRA + yaml.safe_dump(config, sort_keys=False))
-    write_atomically(folder / "best" / "command.txt", command(folder) + "\n")
+    write_atomically(folder / "best" / "command.txt", command(folder, base["cluster"]) + "\n")
 
 
 def _plot(folder: Path, search: Search, space: Space) -> None:

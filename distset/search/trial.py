@@ -103,7 +103,7 @@ class TrialFolder:
         write_json(self.path / "trial.json", {**head, **figures})
 
     def end(self, status: str, **figures: Any) -> None:
-        """Write how a trial ended that could not write it itself; one that did stays as it is."""
+        """Write how a trial ended, unless that was written before: one that was stopped does not fail of it."""
         record, reports = self.record, self.reports
         if record is None or record["status"] not in ("waiting", "running"):
             return

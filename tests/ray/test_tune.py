@@ -1,0 +1,132 @@
+"""Searches on Ray Tune: trials fail, stop, go on, take over; the best one is trained again from its configuration."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from distset.runs import RunFolder
+from distset.search.run import run_search
+from distset.search.trial import TrialFolder
+from distset.training import train_run
+from jobs import train
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster")]
+TINY = (
+    *("task=oracle", "method@task=diffmf", "data.examples.sets=12", "data.examples.size=20", "data.examples.chosen=3"),
+    *("plan.epochs=null", "plan.max_steps=12", "plan.batch=4", "plan.evaluate_every=2", "plan.patience=null"),
+    *("run.bar=false", "run.plots=false"),
+)
+
+
+def search(folder: Path, *overrides: str) -> str:
+    with initialize_config_module("conf", version_base="1.3"):
+        config = OmegaConf.to_container(compose("tune", overrides=[*TINY, *overrides, f"run.dir={folder}"]), resolve=True)
+    return run_search(config, folder)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("trials/*/trial.json"))]
+
+
+@pytest.fixture
+def threads():
+    """Sets the threads of this process, and puts them back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def train_best(folder: Path, monkeypatch, threads) -> Path:
+    """What best/command.txt says, in this process."""
+    command = (folder / "best" / "command.txt").read_text().split()
+    if command[0].startswith("OMP_NUM_THREADS="):
+        threads(int(command.pop(0).partition("=")[2]))
+    assert command[:3] == ["python", "-m", "jobs.train"]
+    monkeypatch.setattr(sys, "argv", command[2:])
+    train.main()
+    return folder / "best" / "run"
+
+
+def check_best(folder: Path, monkeypatch, threads) -> dict[str, Any]:
+    """The best trial's command ends with the trial's own figures, to the last bit; returns search.json."""
+    found = json.loads((folder / "search.json").read_text())
+    again, trial = train_best(folder, monkeypatch, threads), folder / "trials" / f"{found['best']['number']:04d}" / "run"
+    for name in ("metrics.json", "metrics.jsonl"):
+        assert (again / name).read_text() == (trial / name).read_text()
+    metrics = json.loads((again / "metrics.json").read_text())
+    assert metrics["val"][found["metric"].removeprefix("val/")] == found["best"]["value"]
+    return found
+
+
+def test_a_failing_trial_is_reported_and_the_search_goes_on(tmp_path, monkeypatch, capfd, threads):
+    grid = ("search=grid", "~search.space.optim.weight_decay", "search.space.optim.lr.grid=[0.001,0.01]")
+    args = (*grid, "+search.space.data.examples.chosen={grid:[3,40]}")
+    said = search(tmp_path, *args, "search.concurrency=1")
+    assert [record["status"] for record in records(tmp_path)] == ["finished", "failed", "finished", "failed"]
+    assert "4 trials: 2 finished, 2 failed" in said
+    assert "40" in records(tmp_path)[1]["error"]
+    assert "Traceback" in (tmp_path / "trials" / "0003" / "error.txt").read_text()
+    out, err = capfd.readouterr()
+    assert len([line for line in out.splitlines() if line.startswith("trial 000")]) == 4
+    assert not err
+    found = check_best(tmp_path, monkeypatch, threads)
+    # A trial that was killed before it was done goes on; the finished one stays, the others are tried again.
+    killed, kept = TrialFolder(tmp_path / "trials" / "0002"), tmp_path / "trials" / "0000"
+    before = killed.record
+    killed.write("running", killed.lineage)
+    (killed.run / "metrics.json").unlink()
+    stamp = (kept / "trial.json").stat().st_mtime_ns
+    capfd.readouterr()
+    search(tmp_path, *args, "search.concurrency=2")
+    assert "3 of 4 trials to train" in capfd.readouterr().out
+    assert killed.record == before
+    assert (kept / "trial.json").stat().st_mtime_ns == stamp
+    assert json.loads((tmp_path / "search.json").read_text()) == found
+    with pytest.raises(ValueError, match=r"run.dir: .* holds a search of another configuration \(plan.batch 4 -> 5"):
+        search(tmp_path, *args, "plan.batch=5")
+
+
+@pytest.mark.slow
+def test_a_population_takes_over_states_and_its_best_trial_is_trained_again(tmp_path, monkeypatch, threads):
+    """Rates from useless to good, two trials at a time in turns: the useless ones take over the good ones' state."""
+    args = ("search=pbt", "search.trials=4", "search.scheduler.every=30", "search.scheduler.quantile=0.5", "cluster.cpus=2")
+    search(tmp_path, *args, "search.space.optim.lr.loguniform=[1e-6,1e-1]", "search.seed=3")
+    found = records(tmp_path)
+    assert [record["status"] for record in found] == ["finished"] * 4
+    assert [record["number"] for record in found] == [0, 1, 2, 3]
+    taken = [record for record in found if record["changes"]]
+    assert taken
+    for record in taken:
+        steps = [change["step"] for change in record["changes"]]
+        assert steps == sorted(steps)
+        assert all(0 < step < 12 and step % 2 == 0 for step in steps)
+    # Any trial's configuration, its changes written down, trains to what the trial came to.
+    name = tmp_path / "trials" / f"{taken[0]['number']:04d}" / "run"
+    threads(2)
+    train_run(RunFolder(name).config, tmp_path / "again")
+    assert (tmp_path / "again" / "metrics.jsonl").read_text() == (name / "metrics.jsonl").read_text()
+    check_best(tmp_path, monkeypatch, threads)
+
+
+@pytest.mark.slow
+def test_trials_are_runs_on_ray_train_workers_of_their_own(tmp_path, monkeypatch, threads, cluster):
+    """Two workers a trial, of half a core each; a trial that is stopped gives them back and stays stopped."""
+    args = ("search=asha", "search.trials=null", "search.scheduler.grace=20", "search.scheduler.factor=2")
+    args += ("~search.space.optim.weight_decay", "~search.space.optim.lr", "+search.space.optim.lr={grid:[0.01,1e-7]}")
+    search(tmp_path, *args, "search.concurrency=1", "cluster=local", "cluster.workers=2", "cluster.cpus=0.5")
+    found = records(tmp_path)
+    assert [record["status"] for record in found] == ["finished", "stopped"]
+    again = train_best(tmp_path, monkeypatch, threads)
+    best = json.loads((tmp_path / "search.json").read_text())["best"]
+    first = tmp_path / "trials" / f"{best['number']:04d}" / "run"
+    assert (again / "metrics.json").read_text() == (first / "metrics.json").read_text()
+    assert json.loads((again / "metrics.json").read_text())["val"]["jaccard"] == best["value"]
+    assert cluster.available_resources()["CPU"] == 4
