@@ -8,10 +8,11 @@ from types import TracebackType
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from distset.train import Record, Watch
 
-__all__ = ["Mailbox", "MailboxWatch", "Postman"]
+__all__ = ["Mailbox", "MailboxWatch", "Postman", "open_mailbox"]
 
 
 @ray.remote(num_cpus=0)
@@ -36,6 +37,12 @@ class Mailbox:
     def failed(self) -> tuple[str, str] | None:
         """The kind of error and what it said, if any."""
         return self.failure
+
+
+def open_mailbox() -> Any:
+    """A mailbox on the driver's own node: it lives as long as the driver, whatever other nodes are lost."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 class MailboxWatch(Watch):
