@@ -62,9 +62,12 @@ class Nothing:
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 8, 12])
 def test_runs_are_even_and_hold_few_whole_nodes(parts):
+    nodes: list[int] = []
     for count in [*range(1, 300), 1_221, 12_207, 122_071]:
         found = runs(count, parts)
         assert [i for run in found for i in run] == list(range(count))
         assert len(found) == parts
         assert max(map(len, found)) <= count / parts * 1.125 + 1
-        assert max(len(merge_siblings((0, i, Nothing()) for i in run)) for run in found) <= 12
+        nodes += [len(merge_siblings((0, i, Nothing()) for i in run)) for run in found]
+    assert max(nodes) <= 12
+    assert sum(nodes) / len(nodes) <= 4

@@ -56,7 +56,7 @@ class SetGroup:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
         self.traffic = Traffic()
-        self._room = 4096  # bytes of a rank's answer that one collective carries; alike on all ranks
+        self._room = 65_536  # bytes of a rank's answer that one collective carries; alike on all ranks
 
     @classmethod
     def split(cls, size: int) -> SetGroup:
