@@ -68,7 +68,7 @@ class NothingToStore(ValueError):
 
 def dtype_name(dtype: Any) -> str:
     """The name of a numpy or torch dtype."""
-    return str(dtype).removeprefix("torch.")
+    return getattr(dtype, "name", None) or str(dtype).removeprefix("torch.")
 
 
 def raw_rows(elements: Any, positions: np.ndarray, dtype: str, set_id: str) -> Tensor:

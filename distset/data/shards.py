@@ -83,7 +83,8 @@ class Shard:
         """Write the rows of a bag that was checked, in their seeded permutation."""
         n = len(bag.elements)
         order = np.random.default_rng(seed_for(self._seed, "rows", bag.set_id)).permutation(n)
-        small = self._width > 0 and n <= self._group_rows and n * self._width <= SHARED_BYTES
+        streamed = hasattr(bag.elements, "prepare")  # see distset.data.shuffle
+        small = self._width > 0 and not streamed and n <= self._group_rows and n * self._width <= SHARED_BYTES
         checksum, first_row = (self._share if small else self._alone)(bag, order)
         last = self._groups + 1 if small else self._groups
         groups = 1 if small else -(-n // self._group_rows)
@@ -129,7 +130,7 @@ class Shard:
     def _alone(self, bag: Bag, order: np.ndarray) -> tuple[str, int]:
         """Row groups that hold this set alone."""
         self._flush()
-        if hasattr(bag.elements, "prepare"):  # too many to be taken in any order: see distset.data.shuffle
+        if hasattr(bag.elements, "prepare"):
             bag.elements.prepare(order, self._group_rows)
         hash = hashlib.blake2b(digest_size=16)
         for start in range(0, len(order), self._group_rows):

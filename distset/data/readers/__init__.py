@@ -4,6 +4,7 @@ from distset.data.readers.csv_files import csv_bags
 from distset.data.readers.files import FileSource
 from distset.data.readers.h5 import clam, stamp, trident
 from distset.data.readers.image_folders import patches
+from distset.data.readers.lines import baskets
 from distset.data.readers.mil import classic
 from distset.data.readers.nuclei import colon
 from distset.data.readers.tables import table
@@ -12,6 +13,7 @@ from distset.data.readers.tensors import arrays, pt_files
 __all__ = [
     "FileSource",
     "arrays",
+    "baskets",
     "clam",
     "classic",
     "colon",

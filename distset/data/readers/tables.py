@@ -1,4 +1,4 @@
-"""One large table of elements with a column that says which set each belongs to: Parquet or Arrow."""
+"""One large table of elements (Parquet, Arrow, CSV): many sets, told apart by a column, or one set as a whole."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ import pyarrow.dataset as pds
 
 from distset.data.bag import Bag
 from distset.data.readers.files import naming
+from distset.data.shuffle import Streamed
 from distset.data.splits import Split
 
 __all__ = ["Table", "table"]
+
+SPOOL_BYTES = 2**30  # a set beyond this is shuffled through the disk
+KINDS = {".parquet": "parquet", ".arrow": "ipc", ".ipc": "ipc", ".feather": "ipc", ".csv": "csv"}
 
 
 def table(
     path: str | Path,
     *,
-    set_id: str = "set_id",
+    set_id: str | None = "set_id",
     features: str | Sequence[str] | None = None,
     x: str | None = "x",
     y: str | None = "y",
@@ -29,12 +33,12 @@ def table(
     case_id: str | None = "case_id",
     instance_label: str | None = None,
 ) -> Table:
-    """Bags of a Parquet or Arrow (IPC) file, or a folder of them; rows of a set may lie anywhere, and are read fast where
-    they lie together.
+    """Bags of a Parquet, Arrow (IPC) or CSV file, or a folder of them; rows of a set may lie anywhere, and are read fast
+    where they lie together. A set that is larger than a gigabyte is shuffled through the disk and never held in memory.
 
     Args:
         path: the file or folder.
-        set_id: the column that names the set.
+        set_id: the column that names the set; None for one set of all rows, named as the file.
         features: a column of lists or fixed-size lists, or names of columns of numbers; every column of numbers that is
             not another of these if None.
         x, y: columns of coordinates; used where both are there.
@@ -53,7 +57,7 @@ class Table:
     def __init__(
         self,
         path: Path,
-        set_id: str,
+        set_id: str | None,
         features: str | Sequence[str] | None,
         xy: tuple[str | None, str | None],
         label: str | None,
@@ -62,6 +66,7 @@ class Table:
     ) -> None:
         self.splits: list[Split] = []
         self._path, self._set_id, self._instance_label = path, set_id, instance_label
+        self._kept: dict[Any, pa.Table] = {}
         with naming(path):
             self._data = _open(path)
             names = self._data.schema.names
@@ -73,23 +78,51 @@ class Table:
             self._sides = {field: name for field, name in sides.items() if name is not None and name in names}
             others = {set_id, *self._xy, *self._sides.values(), instance_label}
             self._features = self._feature_columns(features, others)
-            self._pieces = self._index()
+            self._pieces = {path.stem: []} if set_id is None else self._index()
 
     @property
     def ids(self) -> list[str]:
         return list(self._pieces)
 
     def read(self, set_id: str) -> Bag:
-        columns = [*self._features, *self._xy, *self._sides.values()]
-        columns += [self._instance_label] if self._instance_label else []
+        beside = [*self._xy, *self._sides.values()] + ([self._instance_label] if self._instance_label else [])
         with naming(self._path):
-            parts = [self._rows(piece, rows, columns) for piece, rows in self._pieces[set_id]]
-            found = pa.concat_tables(parts)
+            size = sum(len(rows) for _, rows in self._pieces[set_id]) if self._set_id else self._data.count_rows()
+            elements = self._elements(set_id, size)
+            found = self._gather(set_id, beside)
             said = {field: _one(found, name, set_id) for field, name in self._sides.items()}
-            elements = _matrix(found, self._features, set_id)
             coords = np.stack([found[name].to_numpy() for name in self._xy], -1) if len(self._xy) == 2 else None
             labels = found[self._instance_label].to_numpy() if self._instance_label else None
         return Bag(set_id, elements, coords, labels, said.get("label"), said.get("case_id"))
+
+    def _elements(self, set_id: str, size: int) -> Any:
+        """The features of a set: in memory, or as a stream where they are too many for that."""
+        first = next(self._blocks(set_id, self._features), None)
+        if first is None:
+            return np.empty((0, 1), np.float32)
+        head = _matrix(first, self._features, set_id)
+        if size * head.itemsize * head.shape[1] <= SPOOL_BYTES:
+            return _matrix(self._gather(set_id, self._features), self._features, set_id)
+
+        def blocks() -> Iterator[np.ndarray]:
+            with naming(self._path):
+                for block in self._blocks(set_id, self._features):
+                    yield _matrix(block, self._features, set_id)
+
+        return Streamed(blocks, size, head.dtype, head.shape[1:])
+
+    def _gather(self, set_id: str, columns: list[str]) -> pa.Table:
+        return pa.concat_tables(list(self._blocks(set_id, columns))) if columns else pa.table({})
+
+    def _blocks(self, set_id: str, columns: list[str]) -> Iterator[pa.Table]:
+        """The rows of a set, some at a time."""
+        if self._set_id is not None:
+            for piece, rows in self._pieces[set_id]:
+                yield self._rows(piece, rows, columns)
+            return
+        for batch in self._data.to_batches(columns=columns, batch_size=65_536, batch_readahead=2, fragment_readahead=1):
+            if len(batch):
+                yield pa.Table.from_batches([batch])
 
     def _feature_columns(self, features: str | Sequence[str] | None, others: set[str | None]) -> list[str]:
         fields = self._data.schema
@@ -122,17 +155,18 @@ class Table:
         return dict(sorted(found.items()))
 
     def _rows(self, piece: Any, rows: np.ndarray, columns: list[str]) -> pa.Table:
-        if getattr(self, "_last", (None,))[0] is not piece:  # neighbours in order of name often share a piece
-            self._last = (piece, piece.to_table(columns=list(dict.fromkeys(columns))))
-        return self._last[1].take(pa.array(rows))
+        key = (piece, tuple(columns))  # neighbours in order of name often share a piece
+        if key not in self._kept:
+            self._kept = {at: table for at, table in self._kept.items() if at[0] is piece}
+            self._kept[key] = piece.to_table(columns=list(dict.fromkeys(columns)))
+        return self._kept[key].take(pa.array(rows))
 
 
 def _open(path: Path) -> pds.Dataset:
     if not path.exists():
         raise ValueError("no such file or folder")
-    kind = "ipc" if path.suffix.lower() in (".arrow", ".ipc", ".feather") else "parquet"
-    if path.is_dir() and not any(path.rglob("*.parquet")):
-        kind = "ipc"
+    endings = [path.suffix.lower()] if path.is_file() else [file.suffix.lower() for file in path.rglob("*")]
+    kind = next((KINDS[ending] for ending in (".parquet", *KINDS) if ending in endings), "parquet")
     return pds.dataset(path, format=kind)
 
 
