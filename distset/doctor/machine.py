@@ -57,14 +57,14 @@ def check_cores(cluster: Cluster) -> Iterator[Finding]:
             f"{workers} workers of {cluster.cpus} cores each on a machine of {cores}",
             "they take turns; lower cluster.workers or cluster.cpus",
         )
-    if cluster.gpu and gpus < workers:
+    if gpus < workers * cluster.gpu:
         yield fail(
-            f"{workers} workers want a GPU each, torch finds {gpus} here",
+            f"{workers} workers want {float(cluster.gpu):g} GPU each, torch finds {gpus} here",
             "set cluster.gpu=false, lower cluster.workers, install the driver and a CUDA build of torch, or name a cluster",
         )
     elif gpus and not cluster.gpu:
         yield warn(f"torch finds {gpus} GPU here, the run will not use it", "choose cluster=gpu")
-    if workers * cluster.cpus <= cores and (not cluster.gpu or gpus >= workers):
+    if workers * cluster.cpus <= cores and gpus >= workers * cluster.gpu:
         yield ok(f"{workers} worker{'s' * (workers > 1)} on this machine: {cores} cores, {gpus} GPU")
 
 

@@ -208,7 +208,7 @@ def test_software_out_of_range(store, monkeypatch):
 def test_cores_and_gpus(store, monkeypatch):
     assert "65 cores each on a machine of" in warned(look(store, "cluster.cpus=65"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert "cluster: 1 workers want a GPU each, torch finds 0 here" in failed(look(store, "cluster.gpu=true"))
+    assert "cluster: 1 workers want 1 GPU each, torch finds 0 here" in failed(look(store, "cluster.gpu=true"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "the run will not use it" in warned(look(store))
 

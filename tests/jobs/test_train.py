@@ -112,18 +112,8 @@ def test_a_run_folder_explains_itself_and_says_when_it_is_finished(start, tmp_pa
     assert code == 0, err
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} == {
-        *(
-            "README.md",
-            "config.yaml",
-            "versions.json",
-            "train.log",
-            "metrics.jsonl",
-            "speed.jsonl",
-            "metrics.json",
-            "tensorboard",
-            "data",
-        ),
-        *("checkpoints", "predictions.csv", "predictions.parquet", "plots"),
+        *("README.md", "config.yaml", "versions.json", "train.log", "metrics.jsonl", "metrics.json", "tensorboard", "data"),
+        *("speed.jsonl", "checkpoints", "predictions.csv", "predictions.parquet", "plots"),
     }
     assert {path.name for path in (folder / "plots").iterdir()} == {"loss.png", "metrics.png", "roc.png", "confusion.png"}
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

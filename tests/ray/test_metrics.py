@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import urllib.request
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distset.cluster import metrics
 from distset.cluster.metrics import Metrics
 from distset.data import Bag, Store, write_store
 from distset.tasks.bag_models import deepsets
@@ -58,6 +60,10 @@ def test_the_endpoint_shows_what_a_run_does(cluster, store):
     while time.monotonic() < end and not {"ray_distset_loss 0", "ray_distset_step_seconds 1"} <= found.keys():
         time.sleep(0.5)
         found = scraped(cluster)
+    told = set(re.findall(r"``(ray_distset_\w+)``", metrics.__doc__))
+    assert {name.split()[0] for name in found} == told
+    documented = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text()
+    assert set(re.findall(r"ray_distset_\w+", documented)) < told
     assert found["ray_distset_step 0"] == found["ray_distset_steps 0"] == 4
     assert found["ray_distset_sets_read_total 0"] == 8
     assert found["ray_distset_elements_read_total 0"] == 2 * (200 + 201 + 202 + 203)
