@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,34 @@ def test_neighbours(estimator, idx_folder, tmp_path) -> None:
     metrics = run(config, tmp_path)
     assert 0.3 < metrics["test"]["accuracy"] <= 1
     assert (tmp_path / "plots" / "embedding.png").exists() == (estimator == "ridge")
+
+
+@pytest.fixture(scope="session")
+def review_archive(tmp_path_factory) -> Path:
+    """Reviews of different length whose class one word tells, four of each fold and class."""
+    path = tmp_path_factory.mktemp("reviews") / "movie_reviews.zip"
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(path, "w") as file:
+        for label, fold, number in itertools.product(("neg", "pos"), range(10), range(2)):
+            words = [f"word{i}" for i in rng.integers(0, 20, rng.integers(6, 12))]
+            words[3] = "bad" if label == "neg" else "good"
+            file.writestr(f"movie_reviews/{label}/cv{fold}{number:02}_1.txt", " ".join(words))
+    return path
+
+
+@pytest.mark.parametrize("task", ["explain_words", "explain_judge"])
+@pytest.mark.parametrize("estimator", ["ridge", "simple", "simple_cv", "gs", "imle_adaptive", "ncpss", "sfess_published"])
+def test_kept_words(task, estimator, review_archive, tmp_path) -> None:
+    if task == "explain_judge" and estimator not in ("ridge", "sfess_published"):
+        pytest.skip("wants a differentiable f")
+    config = composed(
+        f"task={task}", f"estimator@task.grad={estimator}", f"data.examples.path={review_archive}", "task.k=3",
+        "task.width=4", *SHORT, f"run.plots={estimator == 'ridge'}",
+    )  # fmt: skip
+    metrics = run(config, tmp_path)
+    assert {"loss", "accuracy", "agreement"} == set(metrics["test"])
+    assert {"judge_accuracy", "judge_on_10_random_words"} == set(metrics["baselines"])
+    assert (tmp_path / "plots" / "kept_words.html").exists() == (estimator == "ridge")
 
 
 def test_learned_baselines_are_saved(idx_folder, tmp_path) -> None:

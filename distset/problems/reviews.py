@@ -1,0 +1,144 @@
+"""Reviews as sequences of words, of which a few are to be kept: movie reviews by class, BeerAdvocate by rating.
+
+Unlike `distset.problems.texts`, documents stay in reading order, and targets are `Review`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distset.data.beer import RatedReview, read_annotations, read_ratings
+from distset.data.documents import Vocabulary, read_movie_reviews
+from distset.seeds import generator_for
+from distset.sets import InMemory
+from distset.tasks.explain_words import LinearJudge, Review
+from distset.train import Example, Parts
+
+__all__ = ["ReviewExamples", "beer_reviews", "movie_reviews"]
+
+
+class ReviewExamples(Sequence[Example]):
+    """Documents as sets of word numbers ``(N, 1)``, in reading order."""
+
+    def __init__(self, words: Sequence[Sequence[str]], targets: Sequence[Review], vocabulary: Vocabulary, part: str) -> None:
+        self.ids = [torch.from_numpy(vocabulary.ids(document)).unsqueeze(-1) for document in words]
+        self.targets, self.part = targets, part
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return Example(InMemory(self.ids[index], name=f"{self.part}-{index}"), self.targets[index])
+
+
+def movie_reviews(path: str, *, fold: int = 0, vocabulary: int = 10_000, limit: int | None = None) -> Parts:
+    """Movie reviews and their class, in ten folds: ``fold`` is tested, the next one validates, the others train.
+
+    The facts hold a judge, a linear model of the share of each word, trained on the training reviews: what is to be
+    explained where no label is. Baselines are its accuracy on whole test reviews, and on as many as ten random words.
+
+    Args:
+        path: of ``movie_reviews.zip``, or of its folder.
+        fold: 0 to 9.
+        vocabulary: words known, the most frequent of the training reviews.
+        limit: reviews of each part, every so-many-th one; None for all.
+
+    Raises:
+        ValueError: for a fold that does not exist, a path without the archive.
+    """
+    if fold not in range(10):
+        raise ValueError(f"fold: got {fold}, wanted 0 to 9")
+    reviews, folds = read_movie_reviews(path)
+    val = (fold + 1) % 10
+    own = [np.flatnonzero(part) for part in ((folds != fold) & (folds != val), folds == val, folds == fold)]
+    taken = [reviews.take(rows[:: max(1, len(rows) // (limit or len(rows)))].tolist()) for rows in own]
+    known = Vocabulary(taken[0].words, size=vocabulary, least=2)
+    train, validation, test = (
+        ReviewExamples(part.words, [Review(labels[0]) for labels in part.labels], known, name)
+        for name, part in zip(("train", "val", "test"), taken)
+    )
+    weights, bias = fit_judge(train, len(known), len(reviews.classes))
+    facts: dict[str, Any] = {"words": known.words, "classes": reviews.classes, "judge": {"weights": weights, "bias": bias}}
+    return Parts(train, validation, test, facts, _judged(test, LinearJudge(weights, bias)))
+
+
+def beer_reviews(
+    path: str, *, aspect: str = "smell", number: int = 1, vocabulary: int = 20_000, train: int | None = None
+) -> Parts:
+    """BeerAdvocate reviews and their rating of an aspect; annotated reviews are tested.
+
+    Args:
+        path: the folder with ``reviews.aspect{number}.train.txt(.gz)``, ``...heldout.txt(.gz)`` and ``annotations.json``.
+        aspect: one of `distset.data.beer.ASPECTS`.
+        number: of the files: 0 for look, 1 for smell, 2 for palate, 3 for taste.
+        vocabulary: words known, the most frequent of the training reviews.
+        train: the first so many training reviews; None for all.
+
+    Raises:
+        ValueError: for a folder without the files, an unknown aspect.
+    """
+    read = [
+        read_ratings(_either(Path(path), f"reviews.aspect{number}.train.txt"), aspect)[:train],
+        read_ratings(_either(Path(path), f"reviews.aspect{number}.heldout.txt"), aspect),
+        read_annotations(_either(Path(path), "annotations.json"), aspect),
+    ]
+    known = Vocabulary([review.words for review in read[0]], size=vocabulary)
+    training, validation, testing = (
+        ReviewExamples([r.words for r in part], [_review(r) for r in part], known, name)
+        for name, part in zip(("train", "val", "test"), read)
+    )
+    mean = float(np.mean([review.rating for review in read[0]]))
+    spread = float(np.mean([(review.rating - mean) ** 2 for review in read[2]]))
+    marked = float(np.mean([review.marked.mean() for review in read[2] if review.marked is not None]))
+    facts: dict[str, Any] = {"words": known.words, "classes": None, "judge": None}
+    return Parts(training, validation, testing, facts, {"mean_rating_error": spread, "random_words_precision": marked})
+
+
+def fit_judge(examples: ReviewExamples, words: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Weights ``(words, classes)`` and bias ``(classes,)`` of a logistic regression on the share of each word."""
+    from scipy.sparse import csr_matrix
+    from sklearn.linear_model import LogisticRegression
+
+    lengths = [len(ids) for ids in examples.ids]
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    columns = torch.cat(examples.ids).squeeze(-1).numpy()
+    shares = np.repeat(1 / np.array(lengths), lengths)
+    table = csr_matrix((shares, (rows, columns)), shape=(len(lengths), words))
+    labels = np.array([target.value for target in examples.targets], int)
+    fitted = LogisticRegression(C=3e3, max_iter=200).fit(table, labels)
+    coefficients, intercepts = fitted.coef_, fitted.intercept_
+    if classes == 2:
+        coefficients, intercepts = np.stack([0 * coefficients[0], coefficients[0]]), np.array([0.0, intercepts[0]])
+    return torch.from_numpy(coefficients.T.copy()).float(), torch.from_numpy(intercepts.copy()).float()
+
+
+def _judged(examples: ReviewExamples, judge: LinearJudge, k: int = 10) -> dict[str, float]:
+    whole, few = [], []
+    generator = generator_for(0, "random words")
+    for ids, target in zip(examples.ids, examples.targets):
+        words = ids.T.numpy()
+        kept = torch.randperm(len(ids), generator=generator).argsort().lt(k).numpy()
+        whole.append(int(judge(words, np.ones_like(words, float)[None])[0, 0].argmax()) == target.value)
+        few.append(int(judge(words, kept[None, None].astype(float))[0, 0].argmax()) == target.value)
+    return {"judge_accuracy": float(np.mean(whole)), f"judge_on_{k}_random_words": float(np.mean(few))}
+
+
+def _review(review: RatedReview) -> Review:
+    return Review(review.rating, None if review.marked is None else torch.from_numpy(review.marked))
+
+
+def _either(folder: Path, name: str) -> Path:
+    packed = folder / f"{name}.gz"
+    return packed if packed.is_file() else folder / name
