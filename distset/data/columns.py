@@ -43,7 +43,8 @@ class Layout(NamedTuple):
     @staticmethod
     def of(bag: Bag, dtype: str | None) -> Layout:
         if not hasattr(bag.elements, "dtype"):
-            return Layout("files", "uint8", image_shape(bag.elements.take([0])[0], bag.set_id))
+            told = getattr(bag.elements, "image_shape", None)
+            return Layout("files", "uint8", told or image_shape(bag.elements.take([0])[0], bag.set_id))
         found = dtype_name(bag.elements.dtype)
         if dtype is None and found not in DTYPES:
             raise ValueError(
@@ -67,7 +68,8 @@ def set_ids(ids: Sequence[str], sizes: Sequence[int]) -> pa.Array:
 def elements_column(bag: Bag, layout: Layout, positions: np.ndarray) -> pa.Array:
     if layout.encoding == "files":
         images = bag.elements.take(positions.tolist())
-        for position, image in zip(positions, images):
+        looked_at = () if getattr(bag.elements, "image_shape", None) else zip(positions, images)
+        for position, image in looked_at:
             if (shape := image_shape(image, bag.set_id)) != layout.shape:
                 raise ValueError(
                     f"set {bag.set_id!r}: image {position} has shape {shape}, those before {layout.shape}; "

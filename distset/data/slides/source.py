@@ -151,7 +151,7 @@ class Slides:
             NothingToStore: for one without tissue.
         """
         with self.open(set_id) as patches:
-            spool = Spool()
+            spool = Spool((3, self.plan.patch_size, self.plan.patch_size))
             for data in _in_threads(self._encode, patches.pixels(), self.plan.threads):
                 spool.append(data)
         return self.bag(set_id, spool, patches)

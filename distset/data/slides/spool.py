@@ -13,9 +13,14 @@ __all__ = ["Spool"]
 
 
 class Spool:
-    """The bytes of image files, in the order they were appended; an `Encoded`. The file is gone with the object."""
+    """The bytes of image files, in the order they were appended; an `Encoded`. The file is gone with the object.
 
-    def __init__(self) -> None:
+    Args:
+        image_shape: ``(C, H, W)`` of all of them, where that is known: then nobody looks into each.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int] | None = None) -> None:
+        self.image_shape = image_shape
         self._file = tempfile.TemporaryFile(buffering=2**20)  # noqa: SIM115
         self._borders = [0]
 
