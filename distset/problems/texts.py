@@ -18,7 +18,7 @@ __all__ = ["eurlex", "movie_reviews"]
 
 
 def movie_reviews(
-    path: str, *, fold: int = 0, vocabulary: int = 20_000, chunk_size: int | None = 100, seed: int = 0
+    path: str, *, fold: int = 0, vocabulary: int = 10_000, chunk_size: int | None = 100, seed: int = 0
 ) -> Parts:
     """The reviews in their ten folds: ``fold`` is tested, the next one validates, the others train.
 
