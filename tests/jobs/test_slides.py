@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,6 +23,7 @@ from distset.data import Store
 from distset.report import Heatmap
 from distset.tasks.resnet import ResNet18
 from jobs import ingest, predict, train
+from jobs._overrides import check_overrides
 
 SIZES = [(320, 256), (256, 352), (448, 300)]
 PATCH = 32
@@ -205,3 +207,17 @@ def test_the_camelyon16_recipe_in_both_stages(job, camelyon, capsys):
     assert table["set_id"].tolist() == patches.split().test
     assert np.isfinite(table["prob_tumor"]).all()
     capsys.readouterr()
+
+
+def commands_of_the_page():
+    """The overrides of each command of docs/slides.md."""
+    text = (Path(__file__).parents[2] / "docs" / "slides.md").read_text().replace("\\\n", " ")
+    for line in text.splitlines():
+        if line.startswith(".venv/bin/python -m jobs."):
+            module, *words = line.split()[2:]
+            yield module.removeprefix("jobs."), words
+
+
+@pytest.mark.parametrize(("name", "words"), commands_of_the_page(), ids=lambda value: str(value)[:40])
+def test_commands_of_the_page_are_known(name, words):
+    check_overrides(name, words)
