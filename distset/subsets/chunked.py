@@ -23,7 +23,7 @@ from distset.subsets import quadrature as rules
 from distset.subsets.counts import CountTree, Level, Visits
 from distset.subsets.distribution import KSubset, check_k, drawn_seed, uses_table
 
-__all__ = ["ChunkedKSubset", "element_as_logit"]
+__all__ = ["ChunkedKSubset", "LogitTable", "element_as_logit"]
 
 Score = Callable[[Chunk], Tensor]
 
@@ -167,6 +167,19 @@ def element_as_logit(chunk: Chunk) -> Tensor:
             f"a chunk"
         )
     return chunk.elements.squeeze(-1)
+
+
+class LogitTable:
+    """A free logit for each element, ``(n)``, by its position: what a chunk scores its elements with.
+
+    Where chunks live elsewhere the table goes to them with each call: n numbers, and not the elements.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits.detach()
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        return self.logits[chunk.start : chunk.start + chunk.size]
 
 
 class _Rows(NamedTuple):
