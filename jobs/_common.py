@@ -61,7 +61,7 @@ def absolute_paths(data: dict[str, Any]) -> None:
 def _or_exit(call: Callable[[], Any]) -> None:
     try:
         call()
-    except (ValueError, HydraException, OmegaConfBaseException, RuntimeError) as error:
+    except (ValueError, HydraException, OmegaConfBaseException, RuntimeError, OSError) as error:
         if os.environ.get("HYDRA_FULL_ERROR"):
             raise
         print(f"error: {error}", file=sys.stderr)
