@@ -6,6 +6,7 @@ import os
 import signal
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,3 +312,31 @@ def test_a_large_offer_is_solved_and_differentiated_on_two_actors(size, crews):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
     sweeps = used.calls / on_actors.slices
     assert (used.down + used.up) / sweeps < 8_000  # whatever the size; the offer has 16 bytes an element
+
+
+def allow(mib: int):
+    """For an actor: no more than ``mib`` of memory beyond what it has now."""
+
+    def limit(actor):
+        import resource
+
+        status = Path("/proc/self/status").read_text()
+        now = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmData"))) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (now + mib * 2**20, -1))
+
+    return limit
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which is Linux's")
+def test_a_set_larger_than_its_workers_streams(tmp_path, cluster):
+    """100 MB on two actors that may take 32 MiB each: a chunk at a time goes through, the whole set does not."""
+    generator = np.random.default_rng(0)
+    large = write_store(tmp_path / "s", [Bag("a", generator.standard_normal((200_000, 128), dtype=np.float32))])
+    encoder = DeepSets(nn.Linear(128, 4))
+    with SetActors(2, num_cpus=0.1, retries=0) as crew:
+        step(encoder, RaySet(large.open("a", 4096), crew), Exact())
+        cluster.get([member.actor.__ray_call__.remote(allow(32)) for member in crew.members])
+        value, _ = step(encoder, RaySet(large.open("a", 4096), crew), Exact())
+        torch.testing.assert_close(value, step(encoder, large.open("a", 4096), Exact())[0], rtol=0, atol=0)
+        with pytest.raises((ValueError, RuntimeError), match=r"allocate memory"):
+            step(encoder, RaySet(large.open("a"), crew, local=0), Exact())
