@@ -66,7 +66,7 @@ def check_run(config: Mapping[str, Any]) -> Split:
     """
     store, data = Store(config["data"]["path"]), config["data"]
     split = store.split(data["split"], data["fold"])
-    check_split(split, {set_id: store.record(set_id).case_id for set_id in store.ids})
+    check_split(split, store.cases)
     store.open(split.train[0], data["chunk_size"])  # says what is wrong with a chunk size
     targets = {part: store.labels(ids).tolist() for part, ids in zip(Split._fields, split)}
     for part in ("train", "val"):

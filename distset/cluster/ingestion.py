@@ -52,10 +52,11 @@ class RayRunner:
         _be_quiet()
         rows = ray.data.from_items([{"number": number} for number in numbers], override_num_blocks=len(numbers))
         cluster, gpus = self.cluster, 1 if self.cluster.gpu else None
+        threads = max(1, int(cluster.cpus))
         if not (getattr(job.source, "heavy", False) or cluster.gpu):
-            return rows.map(_Worker(job, cluster.cpus), num_cpus=cluster.cpus, concurrency=cluster.workers)
+            return rows.map(_Worker(job, threads), num_cpus=cluster.cpus, concurrency=cluster.workers)
         pool = ActorPoolStrategy(size=cluster.workers)
-        arguments = (job, cluster.cpus)
+        arguments = (job, threads)
         return rows.map(_Actor, fn_constructor_args=arguments, compute=pool, num_cpus=cluster.cpus, num_gpus=gpus)  # type: ignore[arg-type]
 
 
@@ -63,11 +64,11 @@ class _Worker:
     """A row of a number to a row of an outcome. What is no fault of a set's is told to the driver, which stops: Ray would
     try it again and again."""
 
-    def __init__(self, job: PartJob, cpus: int) -> None:
-        self.job, self.cpus = job, cpus
+    def __init__(self, job: PartJob, threads: int) -> None:
+        self.job, self.threads = job, threads
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        torch.set_num_threads(self.cpus)
+        torch.set_num_threads(self.threads)
         nothing = Outcome(row["number"], "", "", 0, 0.0)
         try:
             return {**self.job(row["number"])._asdict(), "full": None, "error": None}
@@ -81,8 +82,8 @@ class _Worker:
 class _Actor:
     """A `_Worker` that lives as long as the run, and its job with it."""
 
-    def __init__(self, job: PartJob, cpus: int) -> None:
-        self.work = _Worker(job, cpus)
+    def __init__(self, job: PartJob, threads: int) -> None:
+        self.work = _Worker(job, threads)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return self.work(row)

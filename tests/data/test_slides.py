@@ -17,6 +17,7 @@ from PIL import Image
 pytest.importorskip("openslide")
 pytest.importorskip("tifffile")
 
+import tifffile
 from data.made_slides import disc, picture, write_slide
 from torch import nn
 
@@ -158,6 +159,22 @@ def test_tiles_give_the_pixels_of_openslide(made, name):
                 ours, theirs = tiles.read(level, x, y, side, side), slide._by_openslide(level, x, y, side, side)
                 assert np.array_equal(ours, theirs)
         tiles.close()
+
+
+def test_tiles_that_a_file_leaves_out_are_white(tmp_path):
+    """As scanners leave out bare glass (Camelyon16 does)."""
+    tiles = [np.full((128, 128, 3), 60 + 10 * i, np.uint8) if i % 3 != 1 else None for i in range(12)]
+    with tifffile.TiffWriter(tmp_path / "s.tif") as file:
+        file.write(
+            iter(tiles), shape=(384, 512, 3), dtype=np.uint8, tile=(128, 128), photometric="rgb", compression="zlib",
+            resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None,
+        )  # fmt: skip
+    with Slide(tmp_path / "s.tif") as slide:
+        theirs = slide._by_openslide(0, 0, 0, 512, 384)
+        slide.trust(0, np.array([[0, 0], [200, 100]]), 128)
+        assert slide._tiles is not None
+        assert np.array_equal(slide.read(0, 0, 0, 512, 384), theirs)
+        assert theirs[:128, 128:256].min() == 255
 
 
 def test_the_tiles_are_those_of_the_real_slide(data_folder):
