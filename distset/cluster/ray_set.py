@@ -116,6 +116,7 @@ class RaySet(ChunkedSet):
     def close(self) -> None:
         """Stop the actors; those of a shared `SetActors` too."""
         self.actors.close()
+        self._whole._ref = None
 
     def __enter__(self) -> RaySet:
         return self

@@ -159,6 +159,7 @@ class SetActors:
         """Put a new actor in the place of a dead one, unless that was done."""
         if self.members[number].actor is actor:
             warnings.warn(f"actors: set actor {number} died; a new one takes its place", stacklevel=2)
+            ray.kill(actor)  # where it was only out of reach: its resources are its successor's
             self.members[number] = Member(self._new(), attempt)
 
     def _new(self) -> Any:
@@ -167,6 +168,7 @@ class SetActors:
         return SetActor.options(scheduling_strategy="SPREAD", **options).remote(self.threads)  # type: ignore[attr-defined]
 
     def lack(self, missing: int) -> str:
+        """What the cluster lacks, as the text of an error."""
         wants = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
         total, free = ray.cluster_resources(), ray.available_resources()
         each = " and ".join(f"{amount:g} {name}" for name, amount in wants.items() if amount)

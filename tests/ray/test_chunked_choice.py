@@ -85,6 +85,7 @@ def learn(features, made: Regression, n: int, k: int, *, samples: int, steps: in
     return shares
 
 
+@pytest.mark.slow
 def test_a_support_is_found_on_actors(crew):
     made = Regression(2_000, 20)
     features = RaySet(InMemory(made.features, 250), crew)

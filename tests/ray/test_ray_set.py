@@ -327,6 +327,7 @@ def allow(mib: int):
     return limit
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc, which is Linux's")
 def test_a_set_larger_than_its_workers_streams(tmp_path, cluster):
     """100 MB on two actors that may take 32 MiB each: a chunk at a time goes through, the whole set does not."""
