@@ -21,6 +21,7 @@ import torch
 
 from distset.files import write_atomically
 from distset.report import write_json
+from distset.report.convergence import plot_convergence
 from distset.training import members, test_figures, train_run
 
 __all__ = ["Row", "Table", "collect", "render"]
@@ -57,6 +58,7 @@ class Table(NamedTuple):
         figures: the test figures shown, by the name they are shown under.
         lower: those of them where less is better.
         rows: its lines.
+        curve: a validation metric drawn over steps, a line a row; None for no picture.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Table(NamedTuple):
     figures: dict[str, str]
     lower: list[str]
     rows: list[Row]
+    curve: str | None = None
 
 
 def collect(table: Table, runs: str | Path, results: str | Path) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def collect(table: Table, runs: str | Path, results: str | Path) -> dict[str, An
     Args:
         table: what to run.
         runs: folder of the run folders, ``runs/<table>/<row>/<member>``; finished ones are only read.
-        results: folder of the gathered tables.
+        results: folder of the gathered tables, and of their curves, ``results/<table>.png``.
     """
     rows = []
     for row in table.rows:
@@ -89,6 +92,9 @@ def collect(table: Table, runs: str | Path, results: str | Path) -> dict[str, An
         "rows": rows,
     }
     Path(results).mkdir(parents=True, exist_ok=True)
+    if table.curve is not None:
+        histories = {row.name: _histories(Path(runs) / table.name / _slug(row.name)) for row in table.rows}
+        plot_convergence(histories, table.curve, Path(results) / f"{table.name}.png")
     write_json(Path(results) / f"{table.name}.json", gathered)
     return gathered
 
@@ -97,7 +103,8 @@ def render(results: str | Path, page: str | Path, order: Sequence[str] = ()) -> 
     """Write the page of all gathered tables: those of ``order`` first, the others by name."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json"))}
     names = [name for name in order if name in found] + [name for name in found if name not in order]
-    write_atomically(Path(page), "\n".join([HEAD, *(_section(found[name]) for name in names)]))
+    sections = [_section(found[name], _picture(Path(results) / f"{name}.png", Path(page))) for name in names]
+    write_atomically(Path(page), "\n".join([HEAD, *sections]))
 
 
 def _measure(row: Row, folder: Path) -> dict[str, Any]:
@@ -125,7 +132,19 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-def _section(table: Mapping[str, Any]) -> str:
+def _histories(folder: Path) -> list[list[dict[str, float]]]:
+    """The records of all runs of a row."""
+    files = sorted(folder.rglob("metrics.jsonl"))
+    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+
+
+def _picture(path: Path, page: Path) -> list[str]:
+    """The lines that show a picture on the page; none where there is no picture."""
+    found = Path(os.path.relpath(path, page.parent)).as_posix()
+    return ["", f"![validation over steps]({found})"] if path.is_file() else []
+
+
+def _section(table: Mapping[str, Any], picture: Sequence[str] = ()) -> str:
     figures: dict[str, str] = table["figures"]
     head = ["", *figures.values(), "published", "verdict", "runs", "steps", "CPU min"]
     lines = [f"## {table['title']}", table["text"].strip(), "", _line(head), _line(["---"] * len(head))]
@@ -143,7 +162,7 @@ def _section(table: Mapping[str, Any]) -> str:
         simple = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in baselines.items())
         lines += ["", f"Simple rules on the same test examples: {simple}."]
     commands = "\n".join(row["command"] for row in table["rows"])
-    return "\n".join([*lines, "", f"{table['date']}, {table['hardware']}.", "", f"```bash\n{commands}\n```", ""])
+    return "\n".join([*lines, *picture, "", f"{table['date']}, {table['hardware']}.", "", f"```bash\n{commands}\n```", ""])
 
 
 def verdict(values: Sequence[float], published: float, lower: bool) -> str:

@@ -51,7 +51,7 @@ def read_table(name: str, config: dict[str, Any]) -> Table:
             short = [*spec.get("short", []), "plan.epochs=null"] if config["short"] else []
             rows.append(_row(row, typed, short, config))
     figures, lower = spec["figures"], spec.get("lower", [])
-    return Table(name, spec["title"], spec["text"], figures, lower, rows)
+    return Table(name, spec["title"], spec["text"], figures, lower, rows, spec.get("curve"))
 
 
 def _row(row: dict[str, Any], typed: list[str], short: list[str], config: dict[str, Any]) -> Row:
