@@ -69,7 +69,7 @@ class Room(NamedTuple):
 
 def room_for(cluster: Cluster) -> Room:
     """Count the room on the nodes of the connected cluster."""
-    bundle = {"CPU": float(cluster.cpus), **({"GPU": 1.0} if cluster.gpu else {})}
+    bundle = {"CPU": float(cluster.cpus), **({"GPU": float(cluster.gpu)} if cluster.gpu else {})}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = sum(int(min(node.get(name, 0.0) // amount for name, amount in bundle.items())) for node in nodes)
     total = {name: sum(node.get(name, 0.0) for node in nodes) for name in bundle}

@@ -21,7 +21,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from distset.cluster.config import Cluster
 from distset.cluster.metrics import Metrics
-from distset.cluster.progress import Mailbox, MailboxWatch, Postman
+from distset.cluster.progress import MailboxWatch, Postman, open_mailbox
 from distset.cluster.resources import require_workers
 from distset.cluster.world import check_sharing, open_world
 from distset.train import Record, Watch, Watches
@@ -62,10 +62,11 @@ def start_ray(cluster: Cluster) -> None:
         cores = max(os.cpu_count() or 1, math.ceil(max(cluster.workers, 1) * each))
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)  # not one that happens to run
         found = int(ray.cluster_resources().get("GPU", 0))
-        if cluster.gpu and found < cluster.workers:
+        if found < cluster.workers * cluster.gpu:
             ray.shutdown()
+            share = "a GPU" if cluster.gpu == 1 else f"{cluster.gpu:g} GPU"
             raise ValueError(
-                f"cluster.gpu: got {cluster.workers} workers with a GPU each, this machine has {found}; set cluster.gpu to "
+                f"cluster.gpu: got {cluster.workers} workers with {share} each, this machine has {found}; set cluster.gpu to "
                 f"false, lower cluster.workers, or name a cluster (cluster.address)"
             )
 
@@ -101,7 +102,7 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
     check_sharing(cluster)
     start_ray(cluster)
     require_workers(cluster)
-    mailbox = Mailbox.remote()  # type: ignore[attr-defined]
+    mailbox = open_mailbox()
     job = {"process": process, "mailbox": mailbox, "name": name, "versions": installed(), "cluster": cluster}
     try:
         # Ray Train wants a folder for checkpoints; ours are kept by fit(), see docs/decisions.md.
@@ -125,7 +126,9 @@ def _trainer(job: dict[str, Any], cluster: Cluster, storage: str) -> Any:
         train_loop_config=job,
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpu, resources_per_worker={"CPU": cluster.cpus}
+            num_workers=cluster.workers,
+            use_gpu=bool(cluster.gpu),
+            resources_per_worker={"CPU": cluster.cpus, **({"GPU": float(cluster.gpu)} if cluster.gpu else {})},
         ),
         run_config=RunConfig(
             storage_path=storage,

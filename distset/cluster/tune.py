@@ -197,9 +197,12 @@ def _resources(search: Search, cluster: Cluster) -> Any:
     """
     if cluster.workers == 0:
         return {"CPU": cluster.cpus}
-    room = max(room_for(cluster).fits // cluster.workers, 1)
-    at_once = room if search.concurrency is None else min(search.concurrency, room)
-    return tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": math.floor(1000 / at_once) / 1000}])
+    room = room_for(cluster)
+    each = cluster.workers * (cluster.cpus + cluster.actors * cluster.actor_cpus)
+    at_once = max(min(room.fits // cluster.workers, int(room.total["CPU"] // each)), 1)
+    if search.concurrency is not None:
+        at_once = min(search.concurrency, at_once)
+    return tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": math.floor(900 / at_once) / 1000}])
 
 
 def _name(trial: Any) -> str:
