@@ -285,6 +285,23 @@ def test_errors_can_be_fatal(made, tmp_path):
         slides(made, mpp=0)
 
 
+@pytest.mark.parametrize("overview", [1024, 500])
+def test_a_slide_that_opens_and_does_not_read_leaves_nothing_behind(made, tmp_path, overview):
+    """A tile is lost that the overview reads, or the patches alone: the slide fails as a whole, the others are written."""
+    for name in ("a", "c"):
+        (tmp_path / f"{name}.tif").write_bytes((made / f"{name}.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        tile = file.pages[0].dataoffsets[27]  # the fourth of the fourth row, in the midst of the tissue
+    raw = bytearray((tmp_path / "a.tif").read_bytes())
+    raw[tile : tile + 200] = bytes(200)
+    (tmp_path / "a.tif").write_bytes(raw)
+    store = ingest_parts(slides(tmp_path, patch_size=64, overview=overview), tmp_path / "s")
+    assert store.ids == ["c"]
+    assert "a.tif" in lines(store)["a"]["reason"]
+    assert list(store.verify()) == ["c"]
+    assert [file.name for file in (store.path / "shards").iterdir()] == ["part-00001.parquet"]
+
+
 def test_a_mended_slide_is_taken_up_on_request(made, tmp_path):
     folder = tmp_path / "slides"
     for name in ("a", "c"):
