@@ -13,7 +13,7 @@ class Cluster(NamedTuple):
     Attributes:
         workers: processes; 0 for the driver's own process, without Ray.
         cpus: cores of each worker, and its threads; a fraction where workers are to share a core.
-        gpu: one GPU for each worker (collectives by NCCL, else by gloo); 0.5 for half of one, where runs of one worker are to
+        gpu: one GPU for each worker (collectives by NCCL, else by gloo); 0.5 for half of one, where runs of one worker
             share it.
         address: of a running Ray cluster; None for ``RAY_ADDRESS`` if set, else a Ray of its own on this machine.
         storage: folder or URI (``s3://...``) of checkpoints that every worker sees; None for the run folder.

@@ -66,8 +66,8 @@ def start_ray(cluster: Cluster) -> None:
             ray.shutdown()
             share = "a GPU" if cluster.gpu == 1 else f"{cluster.gpu:g} GPU"
             raise ValueError(
-                f"cluster.gpu: got {cluster.workers} workers with {share} each, this machine has {found}; set cluster.gpu to "
-                f"false, lower cluster.workers, or name a cluster (cluster.address)"
+                f"cluster.gpu: got {cluster.workers} workers with {share} each, this machine has {found}; set cluster.gpu "
+                f"to false, lower cluster.workers, or name a cluster (cluster.address)"
             )
 
 
