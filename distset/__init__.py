@@ -15,6 +15,7 @@ from distset.encoders import (
     Parallel,
     Sweeps,
 )
+from distset.encoders.stream import Stream
 from distset.sets import Chunk, ChunkedSet, InMemory, pad_sets
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "Parallel",
     "Sampled",
     "SetTransformer",
+    "Stream",
     "Subset",
     "Sweeps",
     "encode_set",

@@ -117,6 +117,11 @@ class RunFolder:
         task.model.eval()
         return task
 
+    @property
+    def element_shape(self) -> tuple[int, ...]:
+        """Of the elements that the trained model takes."""
+        return tuple(read_state(self.checkpoints / "best" / "state.pt")["meta"]["element_shape"])
+
     def store(self) -> Store:
         """The store that the run was trained on."""
         return Store(self.config["data"]["path"])

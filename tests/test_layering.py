@@ -44,7 +44,7 @@ ABOVE = """
     report
     tasks
     data
-    run_log runs
+    run_log runs stream_store
     problems bags bags.runs bags.predict bags.explain
     bags.results bags.evaluate
     doctor.findings

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from distset.encoders.stream import Stream
 from distset.sets import Chunk
 from distset.states import Product
 
@@ -38,6 +39,10 @@ class ChunkEncoder(nn.Module):
 
     def forward(self, chunk: Chunk, query: Any) -> Any:
         return self.encode(chunk, query)
+
+    def stream(self, *, element_ndim: int = 1, seed: int = 0) -> Stream:
+        """A running encoding that takes chunks as they come; see `distset.encoders.stream.Stream`."""
+        return Stream(self, element_ndim=element_ndim, seed=seed)
 
 
 class Features(ChunkEncoder):

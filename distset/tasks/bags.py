@@ -81,6 +81,11 @@ class BagTask:
         """Class probabilities ``(C,)``; the same set gives the same ones."""
         return self._log_probabilities(set, seed=0)[0].exp()
 
+    def predict_encoding(self, encoding: Any) -> Tensor:
+        """Class probabilities ``(C,)`` from the encoding of a set, wherever it was made."""
+        logits = self.model.head(encoding)
+        return self._normalised(logits if isinstance(logits, tuple) else (logits,))[0].exp()
+
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[int]) -> dict[str, float]:
         """The mean of the weighted log-loss, and `distset.report.bag_scores` at threshold 1/2 (AUROC and its kin)."""
         from distset.report import bag_scores  # numpy, pandas and matplotlib: not needed for a model alone
@@ -93,7 +98,9 @@ class BagTask:
         return {"loss": float(-(weights * log_p).mean()), **{name: score.value for name, score in scores.items()}}
 
     def _log_probabilities(self, set: ChunkedSet, seed: int) -> list[Tensor]:
-        streams = self.model(set, seed=seed)
+        return self._normalised(self.model(set, seed=seed))
+
+    def _normalised(self, streams: tuple[Tensor, ...]) -> list[Tensor]:
         wanted = 1 if len(self.classes) == 2 else len(self.classes)
         for logits in streams:
             if logits.shape != (wanted,):

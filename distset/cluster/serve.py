@@ -1,0 +1,138 @@
+"""A server of streams on Ray Serve: chunks of sets come over HTTP in any order, predictions are there at any time.
+
+======================================= ==================================================================
+``POST /sets/{id}/chunks/{number}``     an Arrow body (`distset.data.arrow_chunks`); answers what the set has
+``GET /sets/{id}``                      class probabilities from all chunks so far
+``DELETE /sets/{id}``                   forget the set
+``GET /``                               the model: its classes and the elements it takes
+======================================= ==================================================================
+
+A chunk that was answered 200 is on disk (`distset.stream_store`), so replicas may die and be restarted, and there may be
+several of them on one shared folder. Chunks are known by their numbers: a client that got no answer sends its chunk again.
+Errors of the client are answered 4xx with ``{"error": reason}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import threading
+import time
+from typing import Any
+
+import torch
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from torch import Tensor
+
+from distset.data.arrow_chunks import read_chunk
+from distset.runs import RunFolder
+from distset.stream_store import StreamStore
+
+__all__ = ["SetServer", "serve_sets"]
+
+CHUNK = re.compile(r"/sets/(?P<set>[^/]+)/chunks/(?P<number>\d{1,15})")
+SET = re.compile(r"/sets/(?P<set>[^/]+)")
+LARGEST = 256 * 2**20
+"""Bytes of a body."""
+
+
+class SetServer:
+    """One replica.
+
+    Args:
+        run: the run folder of a bag classifier.
+        folder: of the states, shared by all replicas.
+        idle_seconds: a set that got nothing for so long is forgotten; None for never.
+    """
+
+    def __init__(self, run: str, folder: str, idle_seconds: float | None = None) -> None:
+        torch.set_num_threads(1)
+        trained = RunFolder(run)
+        self.task = trained.load_task()
+        self.shape = tuple(trained.element_shape)
+        self.store = StreamStore(folder, self.task.model.encoder, self.shape)
+        if idle_seconds is not None:
+            threading.Thread(target=self._forget, args=(idle_seconds,), daemon=True).start()
+
+    async def __call__(self, request: Request) -> Response:
+        path = request.url.path.rstrip("/") or "/"
+        try:
+            if (found := CHUNK.fullmatch(path)) and request.method == "POST":
+                return await self._take(request, found["set"], int(found["number"]))
+            if (found := SET.fullmatch(path)) and request.method == "GET":
+                return await asyncio.to_thread(self._predict, found["set"])
+            if (found := SET.fullmatch(path)) and request.method == "DELETE":
+                gone = await asyncio.to_thread(self.store.drop, found["set"])
+                return JSONResponse({"deleted": gone}, 200 if gone else 404)
+            if path == "/" and request.method == "GET":
+                return JSONResponse({"classes": self.task.classes, "element_shape": self.shape})
+        except ValueError as error:
+            return _refuse(400, str(error))
+        if CHUNK.fullmatch(path) or SET.fullmatch(path) or path == "/":
+            return _refuse(405, f"{request.method} {path}: is not offered; POST a chunk, GET or DELETE a set")
+        return _refuse(404, f"{path}: wanted /sets/ID or /sets/ID/chunks/NUMBER")
+
+    async def _take(self, request: Request, set_id: str, number: int) -> Response:
+        if int(request.headers.get("content-length", 0)) > LARGEST:
+            return _refuse(413, f"body: is larger than {LARGEST:,} bytes; send smaller chunks")
+        body = await request.body()
+        taken = await asyncio.to_thread(lambda: self.store.take(set_id, number, self._elements(body)))
+        return JSONResponse(taken._asdict())
+
+    def _elements(self, body: bytes) -> Tensor:
+        """Vectors as they are; images come flat."""
+        rows = read_chunk(body)
+        if rows.shape[1] != math.prod(self.shape):
+            raise ValueError(
+                f"body: has elements of {rows.shape[1]} values, the model takes {math.prod(self.shape)} "
+                f"(shape {self.shape}); is this the encoder that its features came from?"
+            )
+        return rows.reshape(-1, *self.shape)
+
+    def _predict(self, set_id: str) -> Response:
+        try:
+            encoding, taken = self.store.value(set_id)
+        except KeyError:
+            return _refuse(404, f"set {set_id!r}: nothing has come for it, or it was idle too long")
+        with torch.no_grad():
+            probabilities = self.task.predict_encoding(encoding).tolist()
+        answer = {"probabilities": dict(zip(self.task.classes, probabilities)), "chunks": taken.chunks}
+        return JSONResponse({**answer, "elements": taken.elements})
+
+    def _forget(self, idle_seconds: float) -> None:
+        while True:
+            time.sleep(min(60.0, max(0.1, idle_seconds / 4)))
+            self.store.expire(idle_seconds)
+
+
+def serve_sets(
+    run: str, folder: str, *, idle_seconds: float | None = None, replicas: int = 1, cpus: float = 1.0,
+    host: str = "127.0.0.1", port: int = 8000,
+) -> str:  # fmt: skip
+    """Start the server on the connected Ray; returns its address.
+
+    Args:
+        run, folder, idle_seconds: as in `SetServer`; folders that all nodes see.
+        replicas: processes that answer.
+        cpus: cores of each.
+        host, port: where to listen; loopback unless told otherwise. Whoever reaches it may write and read sets.
+    """
+    serve.start(http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"})
+    deployment: Any = serve.deployment(
+        SetServer,
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": cpus},
+        max_ongoing_requests=64,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+    )
+    serve.run(deployment.bind(run, folder, idle_seconds), name="distset", route_prefix="/")
+    return f"http://{host}:{port}"
+
+
+def _refuse(status: int, reason: str) -> Response:
+    return Response(json.dumps({"error": reason}), status, media_type="application/json")

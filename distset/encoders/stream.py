@@ -1,0 +1,248 @@
+"""Encoding as elements arrive: chunks in any order, an answer at any time, states that merge, are saved and restored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distset.files import draft_for, publish
+from distset.seeds import generator_for
+from distset.sets import Chunk
+from distset.states import merge_nodes
+
+__all__ = ["Place", "Stream", "fingerprint", "state_tensors"]
+
+FORMAT = "distset stream 1"
+Place = tuple[int, int]
+"""``(level, position)`` in the merge tree: chunks ``position * 2**level`` to before ``(position + 1) * 2**level``."""
+
+
+class Stream:
+    """The running encoding of one set whose elements come chunk by chunk.
+
+    Chunks have numbers; they may come in any order and more than once: a number that was taken before changes nothing.
+    States are merged in the tree that the numbers fix, so the value has the same bits in whatever order they came, and
+    memory is O(log chunks) states plus one for each gap. It equals `encode_set` of all elements in eval mode (to rounding:
+    a sweep may take small chunks together).
+
+    Args:
+        encoder: a `ChunkEncoder`; used in eval mode, without gradients.
+        element_ndim: dimensions of one element: 1 a vector, 3 an image.
+        seed: of the query, as in `encode_set`.
+
+    Raises:
+        ValueError: for an encoder of several sweeps, which must see all elements before its second one.
+
+    Example:
+        >>> import torch
+        >>> from distset import UMBC, InMemory, encode_set
+        >>> encoder, x = UMBC(dim=8, slots=4).eval(), torch.randn(100, 8)
+        >>> stream = encoder.stream()
+        >>> for chunk in x.split(30):
+        ...     _ = stream.add(chunk)
+        >>> len(stream), torch.allclose(stream.value(), encode_set(encoder, InMemory(x)), atol=1e-6)
+        (100, True)
+    """
+
+    def __init__(self, encoder: Any, *, element_ndim: int = 1, seed: int = 0) -> None:
+        if hasattr(encoder, "stages"):
+            raise ValueError(
+                "encoder: needs several sweeps over the set, a stream has but one; encode stored elements instead"
+            )
+        self.encoder, self.element_ndim, self.seed = encoder, element_ndim, seed
+        self.nodes: dict[Place, Any] = {}
+        self.counts: dict[Place, int] = {}
+        self._shape: tuple[int, ...] | None = None
+        self._like: Any = None  # a state, for its structure
+        with torch.no_grad():
+            self._query = encoder.query(torch.Size(), generator_for(seed, "query"), None)
+
+    def __len__(self) -> int:
+        """Elements so far."""
+        return sum(self.counts.values())
+
+    def __contains__(self, number: int) -> bool:
+        """Whether chunk ``number`` has been taken."""
+        return any((level, number >> level) in self.nodes for level in range(64))
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(1 << level for level, _ in self.nodes)
+
+    @property
+    def next_number(self) -> int:
+        """One above the highest number so far."""
+        return max(((position + 1) << level for level, position in self.nodes), default=0)
+
+    def add(self, elements: Tensor, number: int | None = None) -> bool:
+        """Take a chunk; returns whether it was new.
+
+        Args:
+            elements: ``(N, *element)``, N at least 1, finite.
+            number: of the chunk, from 0; the next one if None.
+
+        Raises:
+            ValueError: for elements of another shape than before, none, or not finite; a negative number.
+        """
+        number = self.next_number if number is None else number
+        if number < 0:
+            raise ValueError(f"number: got {number}, wanted a chunk number from 0")
+        if number in self:
+            return False
+        state = self.state_of(elements, number)
+        self.insert((0, number), state, len(elements))
+        return True
+
+    def state_of(self, elements: Tensor, number: int) -> Any:
+        """The state of one chunk, without taking it."""
+        self._check(elements)
+        first = next((p for p in self.encoder.parameters() if p.is_floating_point()), None)
+        chunk = Chunk(elements, None, number, 0, self.element_ndim)
+        training = self.encoder.training
+        with torch.no_grad():
+            try:
+                return self.encoder.eval()(chunk if first is None else chunk.to(first.device, first.dtype), self._query)
+            finally:
+                self.encoder.train(training)
+
+    def insert(self, place: Place, state: Any, count: int) -> None:
+        """Put a node of the tree in and merge it with its siblings as far as they are there."""
+        level, position = place
+        while (sibling := (level, position ^ 1)) in self.nodes:
+            other, theirs = self.nodes.pop(sibling), self.counts.pop(sibling)
+            state = other.merge(state) if position % 2 else state.merge(other)
+            count, level, position = count + theirs, level + 1, position // 2
+        self.nodes[level, position], self.counts[level, position] = state, count
+
+    def value(self) -> Any:
+        """The encoding of all elements so far.
+
+        Raises:
+            ValueError: before the first chunk.
+        """
+        return self.encoder.readout(self.state(), self._query)
+
+    def state(self) -> Any:
+        """The merged state of all elements so far."""
+        if not self.nodes:
+            raise ValueError("stream: nothing has come yet, wanted at least one chunk")
+        ordered = sorted(self.nodes, key=lambda place: place[1] << place[0])
+        return merge_nodes((*place, self.nodes[place]) for place in ordered)
+
+    def merge(self, other: Stream) -> None:
+        """Take what another stream of the same set gathered, under numbers that this one has not.
+
+        Raises:
+            ValueError: for a stream of other weights, another seed, or numbers that both have.
+        """
+        if (fingerprint(self.encoder), self.seed) != (fingerprint(other.encoder), other.seed):
+            raise ValueError("other: its encoder has other weights or another seed; both must be the same to be merged")
+        if both := next((p for p in other.nodes if self._overlaps(p)), None):
+            raise ValueError(f"other: both have chunk {both[1] << both[0]}; give each place its own chunk numbers")
+        for place, state in other.nodes.items():
+            self.insert(place, state, other.counts[place])
+        self._shape = self._shape or other._shape
+
+    def _overlaps(self, place: Place) -> bool:
+        level, position = place
+        if any((up, position >> (up - level)) in self.nodes for up in range(level, 64)):
+            return True
+        return any(low < level and at >> (level - low) == position for low, at in self.nodes)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state as one safetensors file, whole or not at all."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for (level, position), state in self.nodes.items():
+            for place, tensor in enumerate(state_tensors(state)):
+                tensors[f"{level}.{position}.{place}"] = tensor.contiguous().clone()
+        about = {
+            "format": FORMAT,
+            "seed": str(self.seed),
+            "weights": fingerprint(self.encoder),
+            "element": json.dumps(self._shape),
+            "counts": json.dumps([[*place, count] for place, count in self.counts.items()]),
+        }
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = draft_for(path)
+        save_file(tensors, draft, metadata=about)
+        publish(draft, path)
+
+    @classmethod
+    def load(cls, encoder: Any, path: str | os.PathLike[str]) -> Stream:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: for a file that is no stream, or was made by an encoder of other weights.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"path: {path} cannot be read ({error}), wanted a stream that was saved") from error
+        if about.get("format") != FORMAT:
+            raise ValueError(f"path: {path} is no stream of this version (its format is {about.get('format')!r})")
+        if about["weights"] != fingerprint(encoder):
+            raise ValueError(f"path: {path} was made by an encoder of other weights; its states mean nothing to this one")
+        shape = json.loads(about["element"])
+        stream = cls(encoder, element_ndim=1 if shape is None else len(shape), seed=int(about["seed"]))
+        for level, position, count in json.loads(about["counts"]):
+            state = stream.rebuild(
+                shape,
+                [tensors[f"{level}.{position}.{i}"] for i in range(len(tensors)) if f"{level}.{position}.{i}" in tensors],
+            )
+            stream.nodes[level, position], stream.counts[level, position] = state, count
+        return stream
+
+    def rebuild(self, shape: list[int], tensors: list[Tensor]) -> Any:
+        """A state of this encoder from its tensors, in the order of its fields."""
+        if self._like is None:
+            self._like = self.state_of(torch.zeros(1, *shape), 0)
+        return _filled(self._like, iter(tensors))
+
+    def _check(self, elements: Tensor) -> None:
+        known = self._shape
+        fits = elements.dim() == self.element_ndim + 1 if known is None else tuple(elements.shape[1:]) == known
+        if not fits or len(elements) == 0:
+            wanted = f"{self.element_ndim} dimensions each" if known is None else f"shape {known} each"
+            raise ValueError(f"elements: got shape {tuple(elements.shape)}, wanted at least one element of {wanted}")
+        if elements.is_floating_point() and not bool(elements.isfinite().all()):
+            raise ValueError("elements: some are NaN or infinite; clean or drop them")
+        self._shape = tuple(elements.shape[1:])
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """A digest of the encoder's kind and weights: states of different ones must not be merged."""
+    digest = hashlib.blake2b(type(encoder).__qualname__.encode(), digest_size=16)
+    for name, tensor in encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def state_tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of a state, field by field."""
+    for part in state:
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            yield from state_tensors(part)
+
+
+def _filled(like: Any, found: Iterator[Tensor]) -> Any:
+    if isinstance(like, Tensor):
+        return next(found).to(like.device)
+    parts = [_filled(part, found) for part in like]
+    return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)

@@ -1,0 +1,150 @@
+"""The server of streams: concurrent clients, retries, a replica that is killed; every bad request is told why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+from distset import InMemory
+from distset.data.arrow_chunks import write_chunk
+from distset.runs import RunFolder
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(400)]
+WIDTH = 6
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run folder of a small bag classifier."""
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    from distset.data import Bag, StoreWriter, make_splits
+    from distset.training import train_run
+
+    root = tmp_path_factory.mktemp("serve")
+    generator = torch.Generator().manual_seed(0)
+    labels = {f"bag-{i}": ["no", "yes"][i % 2] for i in range(12)}
+    with StoreWriter(root / "store") as writer:
+        for i, (name, label) in enumerate(labels.items()):
+            writer.add(Bag(name, (torch.randn(6, WIDTH, generator=generator) + i % 2).numpy(), label=label))
+        writer.finish(splits=make_splits(labels, folds=3))
+    small = ["model=umbc", "model.width=8", "model.slots=4", "model.heads=2", "plan.epochs=1", "cluster=none"]
+    overrides = ["data=store", f"data.path={root / 'store'}", "run.bar=false", "run.plots=false", *small]
+    with initialize_config_module("conf", version_base="1.3"):
+        train_run(OmegaConf.to_container(compose("train", overrides=overrides), resolve=True), root / "run")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def server(trained, tmp_path_factory):
+    from ray import serve
+
+    from distset.cluster.serve import serve_sets
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("states")
+    yield serve_sets(str(trained), str(folder), cpus=0.5, port=port, idle_seconds=3600)
+    serve.shutdown()
+
+
+def push(server: str, name: str, number: int, chunk: torch.Tensor) -> None:
+    """Until it is acknowledged, as a client would."""
+    end = time.monotonic() + 120
+    while True:
+        try:
+            answer = requests.post(f"{server}/sets/{name}/chunks/{number}", data=write_chunk(chunk), timeout=20)
+        except requests.RequestException:
+            answer = None
+        if answer is not None and answer.status_code == 200:
+            return
+        assert answer is None or answer.status_code >= 500, answer.text
+        assert time.monotonic() < end, "never acknowledged"
+        time.sleep(0.2)
+
+
+def replica_pids() -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_text().startswith("ray::ServeReplica:distset:SetServer"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def run_to_the_end(server: str, trained: Path, elements: int, chunk: int, name: str) -> None:
+    """Four clients push all chunks in a random order, some twice, and the replica is killed: the answer does not care."""
+    x = torch.randn(elements, WIDTH, generator=torch.Generator().manual_seed(1))
+    chunks = x.split(chunk)
+    order = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(2)).tolist()
+    order += order[: len(order) // 10]
+    done = []
+    with ThreadPoolExecutor(4) as clients:
+        jobs = [clients.submit(lambda n: done.append(push(server, name, n, chunks[n])), number) for number in order]
+        while len(done) < len(order) // 3:
+            assert not any(job.done() and job.exception() for job in jobs)
+            time.sleep(0.01)
+        (pid,) = replica_pids()
+        os.kill(pid, signal.SIGKILL)
+        for job in jobs:
+            job.result()
+    answer = requests.get(f"{server}/sets/{name}", timeout=60).json()
+    assert (answer["chunks"], answer["elements"]) == (len(chunks), elements)
+    task = RunFolder(trained).load_task()
+    with torch.no_grad():
+        offline = task.predict(InMemory(x, chunk))
+    assert list(answer["probabilities"].values()) == pytest.approx(offline.tolist(), abs=1e-5)
+
+
+def test_clients_retries_and_a_killed_replica(server, trained):
+    run_to_the_end(server, trained, 4000, 100, "set one")
+
+
+@pytest.mark.slow
+def test_a_million_elements(server, trained):
+    run_to_the_end(server, trained, 1_000_000, 4096, "million")
+
+
+def test_bad_requests_are_told_why(server):
+    good = write_chunk(torch.zeros(2, WIDTH))
+    for method, path, body, status, said in [
+        ("post", "/sets/a/chunks/0", b"", 400, "body: is no Arrow stream or file"),
+        ("post", "/sets/a/chunks/0", b"junk", 400, "body: is no Arrow stream or file"),
+        (
+            "post",
+            "/sets/a/chunks/0",
+            write_chunk(torch.zeros(2, WIDTH + 1)),
+            400,
+            "has elements of 7 values, the model takes 6",
+        ),
+        ("post", "/sets/a/chunks/0", write_chunk(torch.full((2, WIDTH), torch.nan)), 400, "NaN or infinite"),
+        ("post", "/sets/a/chunks/x", good, 404, "wanted /sets/ID or /sets/ID/chunks/NUMBER"),
+        ("get", "/sets/unknown", None, 404, "nothing has come for it"),
+        ("put", "/sets/a/chunks/0", good, 405, "is not offered"),
+        ("delete", "/sets/unknown", None, 404, None),
+    ]:
+        answer = requests.request(method, server + path, data=body, timeout=30)
+        assert answer.status_code == status, (path, answer.text)
+        if said is not None:
+            assert said in answer.json()["error"]
+    assert requests.get(f"{server}/sets/a", timeout=30).status_code == 404  # nothing of it was taken
+    assert requests.get(server, timeout=30).json() == {"classes": ["no", "yes"], "element_shape": [WIDTH]}
+
+
+def test_a_set_is_forgotten_when_asked(server):
+    push(server, "short", 0, torch.zeros(3, WIDTH))
+    assert requests.get(f"{server}/sets/short", timeout=30).json()["elements"] == 3
+    assert requests.delete(f"{server}/sets/short", timeout=30).json() == {"deleted": True}
+    assert requests.get(f"{server}/sets/short", timeout=30).status_code == 404

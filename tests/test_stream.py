@@ -1,0 +1,110 @@
+"""Streams: the encoding of all elements, in any order, merged from several places, saved and restored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws.zoo import DIM, encoders
+
+from distset import DSMIL, InMemory, Stream, encode_set
+
+X = torch.randn(48, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+ONE_SWEEP = [name for name, encoder in encoders().items() if not hasattr(encoder, "stages")]
+
+
+@pytest.fixture(params=ONE_SWEEP)
+def encoder(request):
+    torch.manual_seed(1)
+    return encoders()[request.param].double().eval()
+
+
+def flat(value):
+    return torch.cat([part.reshape(-1) for part in value]) if isinstance(value, tuple) else value.reshape(-1)
+
+
+def test_a_stream_is_the_encoding_at_any_time(encoder):
+    stream = encoder.stream()
+    for end in range(5, 49, 5):
+        assert stream.add(X[end - 5 : end])
+        whole = encode_set(encoder, InMemory(X[:end]), seed=0)
+        torch.testing.assert_close(flat(stream.value()), flat(whole), atol=1e-12, rtol=1e-12)
+        assert len(stream) == end
+
+
+def test_order_and_retries_change_no_bit(encoder):
+    chunks = list(X.split(4))
+    straight, shuffled = encoder.stream(), encoder.stream()
+    for chunk in chunks:
+        straight.add(chunk)
+    for number in [7, 0, 3, 3, 11, 1, 2, 10, 9, 0, 8, 4, 5, 6, 11]:
+        shuffled.add(chunks[number], number)
+    assert shuffled.num_chunks == 12
+    assert not shuffled.add(chunks[5], 5)
+    assert torch.equal(flat(straight.value()), flat(shuffled.value()))
+
+
+def test_streams_of_several_places_merge(encoder):
+    chunks = list(X.split(4))
+    whole, first, second = encoder.stream(), encoder.stream(), encoder.stream()
+    for number, chunk in enumerate(chunks):
+        whole.add(chunk, number)
+        (first if number % 3 else second).add(chunk, number)
+    first.merge(second)
+    assert torch.equal(flat(first.value()), flat(whole.value()))
+    assert len(first) == len(X)
+    with pytest.raises(ValueError, match="both have chunk"):
+        first.merge(second)
+
+
+def test_a_saved_stream_goes_on(encoder, tmp_path):
+    chunks = list(X.split(4))
+    whole, part = encoder.stream(seed=3), encoder.stream(seed=3)
+    for number, chunk in enumerate(chunks):
+        whole.add(chunk, number)
+        if number not in (0, 5):
+            part.add(chunk, number)
+    part.save(tmp_path / "set.safetensors")
+    again = Stream.load(encoder, tmp_path / "set.safetensors")
+    for number in (5, 0):
+        assert again.add(chunks[number], number)
+    assert torch.equal(flat(again.value()), flat(whole.value()))
+    with torch.no_grad():
+        next(iter(encoder.parameters())).add_(1)
+    with pytest.raises(ValueError, match="was made by an encoder of other weights"):
+        Stream.load(encoder, tmp_path / "set.safetensors")
+
+
+def test_memory_is_a_state_for_each_gap():
+    torch.manual_seed(0)
+    stream = encoders()["sse"].double().eval().stream()
+    for _ in range(1000):
+        stream.add(X[:1])
+    assert len(stream.nodes) == bin(1000).count("1")
+
+
+@pytest.mark.parametrize(("elements", "said"), [
+    (torch.zeros(3, DIM + 1), "wanted at least one element of shape"),
+    (torch.zeros(0, DIM), "at least one element"),
+    (torch.zeros(DIM), "got shape"),
+    (torch.full((2, DIM), torch.nan), "NaN or infinite"),
+])  # fmt: skip
+def test_bad_chunks_are_refused_and_change_nothing(elements, said):
+    stream = encoders()["sse"].double().eval().stream()
+    stream.add(X[:4])
+    before = flat(stream.value())
+    with pytest.raises(ValueError, match=said):
+        stream.add(elements.double())
+    assert torch.equal(flat(stream.value()), before)
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    with pytest.raises(ValueError, match="needs several sweeps"):
+        Stream(DSMIL(DIM, classes=2, hidden=4))
+    encoder = encoders()["sse"].double().eval()
+    with pytest.raises(ValueError, match="nothing has come yet"):
+        encoder.stream().value()
+    with pytest.raises(ValueError, match="number: got -1"):
+        encoder.stream().add(X, -1)
+    (tmp_path / "other").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="cannot be read"):
+        Stream.load(encoder, tmp_path / "other")

@@ -1,0 +1,117 @@
+"""Streams in a folder: what was taken is there for the next process, whatever the last one was doing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from distset import SSE, InMemory, encode_set
+from distset.data.arrow_chunks import read_chunk, write_chunk
+from distset.stream_store import StreamStore, Taken
+
+X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+CHUNKS = X.split(4)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return SSE(5, 3).eval()
+
+
+def test_chunks_in_any_order_from_many_threads_and_a_new_process(encoder, tmp_path):
+    store = StreamStore(tmp_path, encoder, (5,))
+    order = [*range(0, 16, 2), *range(15, 0, -2), 3, 7, 0]  # some twice
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: store.take("a/b", number, CHUNKS[number]), order[:10]))
+    again = StreamStore(tmp_path, encoder, (5,))
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: again.take("a/b", number, CHUNKS[number]), order[10:]))
+    value, taken = again.value("a/b")
+    stream = encoder.stream()
+    for number, chunk in enumerate(CHUNKS):
+        stream.add(chunk, number)
+    assert torch.equal(value, stream.value())
+    torch.testing.assert_close(value, encode_set(encoder, InMemory(X), seed=0), atol=1e-5, rtol=1e-5)
+    assert taken == Taken(False, 16, 64)
+    assert again.take("a/b", 5, CHUNKS[5]) == Taken(False, 16, 64)
+    assert len(again.places("a/b")) == 1
+
+
+def test_a_death_between_the_merge_and_the_cleaning_counts_nothing_twice(encoder, tmp_path):
+    store = StreamStore(tmp_path, encoder, (5,))
+    store.take("s", 0, CHUNKS[0])
+    left = tmp_path / "s" / "0-0.safetensors"
+    shutil.copy(left, tmp_path / "kept")
+    store.take("s", 1, CHUNKS[1])
+    assert not left.exists()
+    shutil.copy(tmp_path / "kept", left)  # as if the process had died before it deleted it
+    assert store.places("s") == [(1, 0)]
+    assert store.take("s", 0, CHUNKS[0]) == Taken(False, 2, 8)
+    for number in (2, 3):
+        store.take("s", number, CHUNKS[number])
+    stream = encoder.stream()
+    for chunk in CHUNKS[:4]:
+        stream.add(chunk)
+    assert torch.equal(store.value("s")[0], stream.value())
+
+
+def test_sets_are_dropped_and_expire(encoder, tmp_path):
+    store = StreamStore(tmp_path, encoder, (5,))
+    for name in ("old", "new", "gone"):
+        store.take(name, 0, CHUNKS[0])
+    assert store.drop("gone")
+    assert not store.drop("gone")
+    os.utime(tmp_path / "old", (time.time() - 100,) * 2)
+    assert store.expire(50) == ["old"]
+    assert store.value("new")[1].chunks == 1
+    with pytest.raises(KeyError):
+        store.value("old")
+
+
+def test_other_weights_and_bad_chunks_are_refused(encoder, tmp_path):
+    store = StreamStore(tmp_path, encoder, (5,))
+    with pytest.raises(ValueError, match=r"got shape \(4, 6\), wanted \(N, 5\)"):
+        store.take("s", 0, torch.zeros(4, 6))
+    with pytest.raises(ValueError, match="number: got -1"):
+        store.take("s", -1, CHUNKS[0])
+    with pytest.raises(ValueError, match="NaN"):
+        store.take("s", 0, CHUNKS[0] * torch.nan)
+    with pytest.raises(ValueError, match="set: got the id ''"):
+        store.take("", 0, CHUNKS[0])
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1)
+    with pytest.raises(ValueError, match="holds states of other weights"):
+        StreamStore(tmp_path, encoder, (5,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_chunks_travel_as_arrow(dtype):
+    chunk = torch.randn(7, 3).to(dtype)
+    assert torch.equal(read_chunk(write_chunk(chunk)), chunk)
+
+
+def test_other_arrow_bodies():
+    import pyarrow as pa
+
+    def body(table) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        return sink.getvalue().to_pybytes()
+
+    columns = pa.table({"x": [1, 2], "y": [0.5, 1.5]})
+    assert read_chunk(body(columns)).tolist() == [[1, 0.5], [2, 1.5]]
+    with pytest.raises(ValueError, match="body: is no Arrow"):
+        read_chunk(b"nothing of the kind")
+    with pytest.raises(ValueError, match="missing values"):
+        read_chunk(body(pa.table({"x": [1.0, None]})))
+    with pytest.raises(ValueError, match="wanted numbers"):
+        read_chunk(body(pa.table({"x": ["a", "b"]})))
+    with pytest.raises(ValueError, match="at least one element"):
+        read_chunk(body(pa.table({"x": pa.array([], pa.float32())})))
