@@ -1,7 +1,8 @@
 """What a training run will take of memory and disk, measured on a few elements of the real model and scaled up.
 
 A process holds the weights, their gradients and the best weights so far, the optimiser's state, a chunk of elements and
-what autograd keeps of it. The last is ``fixed + each * elements``, both found from two small chunks.
+what autograd keeps of it and needs on the way back. What is kept is ``fixed + each * elements``, both found from two small
+chunks.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ __all__ = ["Footprint", "measure"]
 
 PROBE = 2**16
 """Numbers in the smaller of the two chunks, about."""
+BACKWARD = 2
+"""Gradients of activations, and copies of elements, take about as much again as what was kept of the way there."""
 
 
 class Footprint(NamedTuple):
@@ -53,7 +56,7 @@ class Footprint(NamedTuple):
     def training(self) -> int:
         """Memory of a training process beyond the software itself."""
         kept = 3 * self.weights + self.optimiser
-        return int(kept + self.fixed + self.elements * (self.each + self.element))
+        return int(kept + BACKWARD * (self.fixed + self.elements * (self.each + self.element)))
 
 
 def measure(config: Mapping[str, Any], store: Store) -> Footprint:
