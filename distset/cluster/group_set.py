@@ -54,7 +54,9 @@ class SetGroup:
             raise ValueError("group: torch.distributed is not initialised; call init_process_group first, or use torchrun")
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        backend = dist.get_backend(group)  # such as gloo, nccl, cpu:gloo,cuda:nccl
+        self._bytes_on = torch.device("cuda" if backend == "nccl" else "cpu")
+        self._sums_on = torch.device("cuda" if "nccl" in backend else "cpu")
         self.traffic = Traffic()
         self._room = 65_536  # bytes of a rank's answer that one collective carries; alike on all ranks
 
@@ -107,7 +109,7 @@ class SetGroup:
         """Add tensors up over the group, in place, in one collective for each type of number."""
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             alike = [tensor for tensor in tensors if tensor.dtype == dtype]
-            flat = torch.cat([tensor.reshape(-1) for tensor in alike]).to(self.device)
+            flat = torch.cat([tensor.reshape(-1) for tensor in alike]).to(self._sums_on)
             dist.all_reduce(flat, group=self.group)
             once = flat.nbytes * 2 * (self.size - 1) // self.size  # a ring's share
             self.traffic = self.traffic.add(once, once, 1)
@@ -115,7 +117,7 @@ class SetGroup:
                 tensor.copy_(part.view_as(tensor))
 
     def _all_gather(self, frame: Tensor) -> list[Any]:
-        frame = frame.to(self.device)
+        frame = frame.to(self._bytes_on)
         frames = [torch.empty_like(frame) for _ in range(self.size)]
         dist.all_gather(frames, frame, group=self.group)
         self.traffic = self.traffic.add((self.size - 1) * len(frame), (self.size - 1) * len(frame), 1)
