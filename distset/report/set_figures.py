@@ -95,9 +95,9 @@ def plot_variances(variances: Mapping[str, float], path: Path, *, floor: float =
 
 
 def plot_lines(
-    curves: Sequence[Curve], path: Path, *, x: str, y: str, title: str = "", log_x: bool = False, level: float | None = None
+    curves: Sequence[Curve], path: Path, *, x: str, y: str, title: str = "", log_x: bool = False, top: float | None = None
 ) -> None:
-    """Lines with bands of one standard deviation; ``level`` is a dashed line across."""
+    """Lines with bands of one standard deviation, shown up to ``top``."""
     figure = new_figure(5.6, 3.8)
     axes = new_axes(figure, (1, 1, 1))
     for place, curve in enumerate(curves):
@@ -106,8 +106,8 @@ def plot_lines(
         if curve.spread is not None:
             spread = np.asarray(curve.spread)
             axes.fill_between(curve.x, values - spread, values + spread, color=color, alpha=0.15, lw=0)
-    if level is not None:
-        axes.axhline(level, color="#999999", lw=1, ls=(0, (4, 4)))
+    if top is not None:
+        axes.set_ylim(top=top)
     if log_x:
         axes.set_xscale("log")
     axes.set(xlabel=x, ylabel=y)

@@ -49,7 +49,9 @@ def draw_streams(model: ClusteringModel, example: Example, folder: Path, *, plac
                     panels[row, name] = _panel(raw, points, labels, title)._replace(seen=seen.numpy().copy())
         curves.append(Curve(name, share, losses))
     plot_mixtures([panels[row, name] for row in range(3) for name in STREAMS], folder / "streams.png")
-    plot_lines(curves, folder / "streams_nll.png", x="share of the set that has come", y="NLL per point of the whole set")
+    top = curves[0].y[-1] + 3  # the first points alone say little, at any height
+    x, y = "share of the set that has come", "NLL per point of the whole set"
+    plot_lines(curves, folder / "streams_nll.png", x=x, y=y, top=top)
 
 
 def _panel(raw: Tensor, points: Tensor, labels: Tensor, title: str) -> MixturePanel:

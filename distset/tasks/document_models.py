@@ -33,6 +33,8 @@ class WordNetwork(nn.Module):
     def __init__(self, words: int, width: int, *, depth: int = 2, dropout: float = 0.0) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, width)
+        # BERT's scale: the layer norm undoes it, but a step of the optimiser turns a small vector further.
+        nn.init.normal_(self.embedding.weight, std=0.02)
         layers: list[nn.Module] = [nn.LayerNorm(width), nn.Dropout(dropout)]
         for _ in range(depth):
             layers += [nn.Linear(width, width), nn.ReLU(inplace=True)]
