@@ -1,7 +1,8 @@
 """The models of long documents as pairs of an encoder of words and a head.
 
 Arguments they share: ``words`` in the vocabulary and ``outputs`` follow from the data; ``width`` of all layers; ``depth``,
-linear layers of a word's network, 2 as published; ``dropout`` of a word's embedding and before the last layer.
+linear layers of a word's network, 2 as published; ``dropout`` after the set. Before it there is none, so that sweeps may take
+many small chunks at once.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from torch import Tensor, nn
 
 from distset.blocks import MLP, SetTransformer
 from distset.encoders import SSE, UMBC, ChunkEncoder, DeepSets, Features
+from distset.tasks.set_models import in_blocks
 
 __all__ = ["SlotBert", "WordNetwork", "deepsets", "sse", "umbc_bert", "umbc_set_transformer"]
+
+BLOCK = 8192
+"""Words that a sweep takes at once."""
 
 Parts = tuple[ChunkEncoder, nn.Module]
 
@@ -27,15 +32,14 @@ class WordNetwork(nn.Module):
         words: in the vocabulary.
         width: of embedding and layers.
         depth: linear layers; 0 for the embedding alone.
-        dropout: probability, of the embedding's entries.
     """
 
-    def __init__(self, words: int, width: int, *, depth: int = 2, dropout: float = 0.0) -> None:
+    def __init__(self, words: int, width: int, *, depth: int = 2) -> None:
         super().__init__()
         self.embedding = nn.Embedding(words, width)
         # BERT's scale: the layer norm undoes it, but a step of the optimiser turns a small vector further.
         nn.init.normal_(self.embedding.weight, std=0.02)
-        layers: list[nn.Module] = [nn.LayerNorm(width), nn.Dropout(dropout)]
+        layers: list[nn.Module] = [nn.LayerNorm(width)]
         for _ in range(depth):
             layers += [nn.Linear(width, width), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
@@ -95,17 +99,17 @@ class SlotBert(nn.Module):
 
 def deepsets(words: int, outputs: int, *, width: int = 64, depth: int = 2, dropout: float = 0.0) -> Parts:
     """The mean of the words' features, and an MLP: a bag of words."""
-    network = WordNetwork(words, width, depth=depth, dropout=dropout)
-    return DeepSets(network), MLP(width, width, width, outputs, dropout=dropout)
+    encoder = DeepSets(WordNetwork(words, width, depth=depth))
+    return in_blocks(encoder, BLOCK), MLP(width, width, width, outputs, dropout=dropout)
 
 
 def sse(
     words: int, outputs: int, *, width: int = 64, depth: int = 2, slots: int = 16, heads: int = 1, dropout: float = 0.0
 ) -> Parts:
     """Slot set encoder, its slots averaged, and an MLP."""
-    network = WordNetwork(words, width, depth=depth, dropout=dropout)
     pool = SSE(width, slots, heads=heads, normalize=True, layer_norm=True)
-    return Features(network, pool), MLP(width, width, width, outputs, dropout=dropout)
+    encoder = Features(WordNetwork(words, width, depth=depth), pool)
+    return in_blocks(encoder, BLOCK), MLP(width, width, width, outputs, dropout=dropout)
 
 
 def umbc_bert(
@@ -125,7 +129,7 @@ def umbc_bert(
     """UMBC, then BERT without positions over the slots (needs the package transformers)."""
     bert = SlotBert(width, slots, layers=bert_layers, heads=bert_heads, dropout=dropout, weights=weights)
     head = nn.Sequential(bert, nn.Dropout(dropout), nn.Linear(width, outputs))
-    return _slots(words, width, depth, slots, heads, activation, dropout), head
+    return _slots(words, width, depth, slots, heads, activation), head
 
 
 def umbc_set_transformer(
@@ -141,14 +145,14 @@ def umbc_set_transformer(
     dropout: float = 0.1,
 ) -> Parts:
     """UMBC, then a Set Transformer over the slots."""
-    return _slots(words, width, depth, slots, heads, activation, dropout), SetTransformer(
+    return _slots(words, width, depth, slots, heads, activation), SetTransformer(
         width, outputs, blocks=blocks, dropout=dropout
     )
 
 
-def _slots(words: int, width: int, depth: int, slots: int, heads: int, activation: str, dropout: float) -> ChunkEncoder:
+def _slots(words: int, width: int, depth: int, slots: int, heads: int, activation: str) -> ChunkEncoder:
     pool = UMBC(width, slots, heads=heads, activation=activation, layer_norm=True)
-    return Features(WordNetwork(words, width, depth=depth, dropout=dropout), pool)
+    return in_blocks(Features(WordNetwork(words, width, depth=depth), pool), BLOCK)
 
 
 def _transformers() -> Any:
