@@ -1,8 +1,8 @@
 """The models of long documents as pairs of an encoder of words and a head.
 
 Arguments they share: ``words`` in the vocabulary and ``outputs`` follow from the data; ``width`` of all layers; ``depth``,
-linear layers of a word's network, 2 as published; ``dropout`` after the set. Before it there is none, so that sweeps may take
-many small chunks at once.
+linear layers of a word's network, 2 as published; ``dropout`` after the set. Before it there is none, so that sweeps may
+take many small chunks at once.
 """
 
 from __future__ import annotations
