@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gzip
 import itertools
 import zipfile
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -27,9 +30,27 @@ SHORT = [
 ]  # fmt: skip
 
 
-def composed(*overrides: str) -> dict[str, Any]:
+@functools.cache
+def _composed(*overrides: str) -> dict[str, Any]:
     with initialize_config_module("conf", version_base="1.3"):
         return OmegaConf.to_container(compose("train", overrides=list(overrides)), resolve=True)
+
+
+def composed(*overrides: str, grad: str | None = None) -> dict[str, Any]:
+    """As on the command line; ``grad`` is a file of conf/estimator, read once the rest is composed, which saves time."""
+    config = copy.deepcopy(_composed(*overrides))
+    if grad is not None:
+        config["task"]["grad"] = yaml.safe_load((CONF / "estimator" / f"{grad}.yaml").read_text())
+        config["run"]["plots"] = grad == "ridge"
+    return config
+
+
+def test_an_estimator_is_chosen_by_its_group() -> None:
+    """`composed(grad=...)` is what the command line makes."""
+    typed = _composed(
+        "task=subset_vae", "estimator@task.grad=gs", "task.grad.tau=0.5", "data.examples.path=x", "run.plots=false"
+    )
+    assert typed == composed("task=subset_vae", "data.examples.path=x", grad="gs")
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:
@@ -66,11 +87,13 @@ def run(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_feature_selection_with_every_estimator(estimator, idx_folder, tmp_path) -> None:
-    own = ["task.grad.baseline.n=36"] if estimator == "past" else []
     config = composed(
-        "task=feature_selection", f"estimator@task.grad={estimator}", f"data.examples.path={idx_folder}",
-        "data.examples.val=20", "task.k=5", "task.hidden=8", *own, *SHORT, f"run.plots={estimator == 'ridge'}",
+        "task=feature_selection", f"data.examples.path={idx_folder}",
+        "data.examples.val=20", "task.k=5", "task.hidden=8", *SHORT,
+        grad=estimator,
     )  # fmt: skip
+    if estimator == "past":
+        config["task"]["grad"]["baseline"]["n"] = 36
     metrics = run(config, tmp_path)
     assert 0 < metrics["test"]["loss"] < 2
     assert set(metrics["baselines"]) == {"mean_image"}
@@ -80,8 +103,9 @@ def test_feature_selection_with_every_estimator(estimator, idx_folder, tmp_path)
 @pytest.mark.parametrize("estimator", ["ridge", "simple_cv", "gs", "imle_adaptive", "ncpss", "identity"])
 def test_the_autoencoder(estimator, idx_folder, tmp_path) -> None:
     config = composed(
-        "task=subset_vae", f"estimator@task.grad={estimator}", f"data.examples.path={idx_folder}", "data.examples.val=20",
-        "task.subsets=3", "task.size=5", "task.k=2", *SHORT, f"run.plots={estimator == 'ridge'}",
+        "task=subset_vae", f"data.examples.path={idx_folder}", "data.examples.val=20",
+        "task.subsets=3", "task.size=5", "task.k=2", *SHORT,
+        grad=estimator,
     )  # fmt: skip
     metrics = run(config, tmp_path)["test"]
     assert metrics["divergence"] > 0
@@ -92,8 +116,9 @@ def test_the_autoencoder(estimator, idx_folder, tmp_path) -> None:
 @pytest.mark.parametrize("estimator", ["ridge", "leave_one_out", "simple", "imle", "sfess_published"])
 def test_neighbours(estimator, idx_folder, tmp_path) -> None:
     config = composed(
-        "task=stochastic_knn", f"estimator@task.grad={estimator}", f"data.examples.path={idx_folder}",
-        "data.examples.val=20", "task.k=3", *SHORT, "plan.batch=20", f"run.plots={estimator == 'ridge'}",
+        "task=stochastic_knn", f"data.examples.path={idx_folder}",
+        "data.examples.val=20", "task.k=3", *SHORT, "plan.batch=20",
+        grad=estimator,
     )  # fmt: skip
     metrics = run(config, tmp_path)
     assert 0.3 < metrics["test"]["accuracy"] <= 1
@@ -119,8 +144,9 @@ def test_kept_words(task, estimator, review_archive, tmp_path) -> None:
     if task == "explain_judge" and estimator not in ("ridge", "sfess_published"):
         pytest.skip("wants a differentiable f")
     config = composed(
-        f"task={task}", f"estimator@task.grad={estimator}", f"data.examples.path={review_archive}", "task.k=3",
-        "task.width=4", *SHORT, f"run.plots={estimator == 'ridge'}",
+        f"task={task}", f"data.examples.path={review_archive}", "task.k=3",
+        "task.width=4", *SHORT,
+        grad=estimator,
     )  # fmt: skip
     metrics = run(config, tmp_path)
     assert {"loss", "accuracy", "agreement"} == set(metrics["test"])
