@@ -43,7 +43,7 @@ class ReviewExamples(Sequence[Example]):
         return Example(InMemory(self.ids[index], name=f"{self.part}-{index}"), self.targets[index])
 
 
-def movie_reviews(path: str, *, fold: int = 0, vocabulary: int = 10_000, limit: int | None = None) -> Parts:
+def movie_reviews(path: str, *, fold: int = 0, vocabulary: int = 20_000, limit: int | None = None) -> Parts:
     """Movie reviews and their class, in ten folds: ``fold`` is tested, the next one validates, the others train.
 
     The facts hold a judge, a linear model of the share of each word, trained on the training reviews: what is to be

@@ -176,12 +176,12 @@ class ExplainTask:
     def draw(self, folder: Path, parts: Parts) -> None:
         """``kept_words.html``: test documents with their kept words; ``kept_words.png``: what is kept most often."""
         shown = []
-        for place in range(min(len(parts.test), 100)):
+        for place in range(0, len(parts.test), max(1, len(parts.test) // 100)):
             example = parts.test[place]
             answer, _, kept = self._parts(self.predict(example.set).cpu())
             words = [self.vocabulary[i] for i in _words(example.set).squeeze(-1).tolist()]
             shown.append(KeptWords(words, kept.bool().tolist(), self._say(answer), self._truth(example.target)))
-        write_kept_words(shown[:20], folder / "kept_words.html")
+        write_kept_words(shown[:: max(1, len(shown) // 20)], folder / "kept_words.html")
         plot_kept_words(shown, folder / "kept_words.png")
 
     def _subset(self, words: Tensor, mask: Tensor) -> KSubset:
