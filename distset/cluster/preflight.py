@@ -19,7 +19,7 @@ from distset.versions import differences, installed
 
 __all__ = ["check_cluster", "check_nodes", "check_storage"]
 
-ANSWER = 60.0
+ANSWER = 120.0
 """Seconds that a node has to answer in: it may have to start a process first."""
 
 

@@ -76,11 +76,17 @@ def _connect(address: str, quiet: dict[str, Any]) -> None:
     try:
         if port.isdigit():  # Ray itself tries for many minutes
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        ray.init(address=address, **quiet)
     except OSError as error:
         raise ValueError(
             f"cluster.address: nothing answers at {address} ({error}); start Ray there, run this as a job of the cluster "
             f"(docs/cluster.md), or leave the address out for a Ray of this machine"
+        ) from error
+    try:
+        ray.init(address=address, **quiet)
+    except ConnectionError as error:
+        raise ValueError(
+            f"cluster.address: no Ray at {address} takes this process ({error}); is it running, and is its token here "
+            f"(RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or ~/.ray/auth_token)?"
         ) from error
 
 

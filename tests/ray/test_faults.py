@@ -187,3 +187,16 @@ def test_the_doctor_asks_every_node(tmp_path, monkeypatch):
     assert "instead of 9.9.0" in told[0]
     assert "does not see" in told[1]
     assert "cluster.storage: " in told[2]
+
+
+def test_a_ray_that_does_not_take_us_is_said(monkeypatch):
+    def refuse(**how) -> None:
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr(train.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(train.ray, "init", refuse)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(ValueError, match=r"no Ray at 127.0.0.1:\d+ takes this process .* is its token here \(RAY_AUTH_MODE"),
+    ):
+        train.start_ray(Cluster(address=f"127.0.0.1:{server.getsockname()[1]}"))
