@@ -16,6 +16,7 @@ from distset.bags.explain import ExplainPlan, explain_bag, folder_name, target_c
 from distset.bags.predict import Work, store_of_file, with_progress
 from distset.build import build
 from distset.data import Store
+from distset.data.slides.source import ENDINGS as SLIDE_ENDINGS
 from distset.report import write_table
 from jobs._common import job
 
@@ -26,7 +27,13 @@ def main(config: dict[str, Any]) -> None:
         predict(config)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        predict(config, store_of_file(config["bag"], Path(scratch)))
+        bag = Path(config["bag"]).resolve()
+        if bag.suffix.lower() in SLIDE_ENDINGS and bag.is_file():
+            from distset.bags.slide_files import store_of_slide
+
+            predict(config, store_of_slide(bag, config["run"], Path(scratch)))
+        else:
+            predict(config, store_of_file(bag, Path(scratch)))
 
 
 def predict(config: dict[str, Any], store: Store | None = None) -> None:

@@ -237,7 +237,7 @@ class _Groups:
 
     def __call__(self, file: str, number: int) -> pa.Table:
         if self._key[0] != file:
-            self._file = pq.ParquetFile(self._root / file, memory_map=True)
+            self._file = pq.ParquetFile(self._root / file, memory_map=True, pre_buffer=False)
         if self._key != (file, number):
             self._table, self._key = self._file.read_row_group(number), (file, number)
         return self._table

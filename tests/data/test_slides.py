@@ -407,7 +407,7 @@ def mean_colour(shape):
 
 def test_features_are_the_encoders(made, tmp_path):
     cut = Slides({name: made / f"{name}.tif" for name in ("a", "c")}, SlidePlan(patch_size=64, quality=100))
-    store = ingest_parts(Features(cut, mean_colour, batch=7, dtype="float16"), tmp_path / "f")
+    store = ingest_parts(Features(cut, mean_colour, batch=7, precision="float16"), tmp_path / "f")
     images = ingest_parts(cut, tmp_path / "i")
     assert (store.kind, store.element_shape, store.info.dtype) == ("features", (3,), "float16")
     for name in ("a", "c"):
@@ -424,8 +424,8 @@ def test_an_encoder_that_gives_no_vectors_is_no_fault_of_the_slides(made, tmp_pa
         ingest_parts(Features(cut, lambda shape: nn.Identity()), tmp_path)
     with pytest.raises(ValueError, match="batch: got 0"):
         Features(cut, mean_colour, batch=0)
-    with pytest.raises(ValueError, match="dtype: got 'uint8'"):
-        Features(cut, mean_colour, dtype="uint8")
+    with pytest.raises(ValueError, match="precision: got 'uint8'"):
+        Features(cut, mean_colour, precision="uint8")
 
 
 # Camelyon16

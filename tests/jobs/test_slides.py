@@ -119,6 +119,15 @@ def test_the_heat_map_lies_on_the_tissue(explained, number):
         assert min(drawn.size) > 300
 
 
+def test_a_slide_itself_is_predicted_as_it_is_in_a_store(job, explained):
+    job(predict, "run=run", "bag=slides/made-11.tif", "out=one")
+    one, stored = (pd.read_csv(folder / "predictions.csv") for folder in (job.folder / "one", explained))
+    wanted = stored.set_index("set_id").loc["made-11", "prob_tumour"]
+    assert one["prob_tumour"].tolist() == [wanted]
+    with pytest.raises(SystemExit):
+        job(predict, "run=run", "bag=slides/glass.tif", "out=none")
+
+
 def test_geojson_comes_back_as_the_patches(explained):
     folder = explained / "elements" / "made-11"
     elements = pd.read_parquet(folder / "elements.parquet")
@@ -200,6 +209,8 @@ def test_the_camelyon16_recipe_in_both_stages(job, camelyon, capsys):
         train, "experiment=camelyon16_finetune", "data.path=c16", "run.dir=tuned", "task.start=head",
         "backbone.weights=simclr.pth", "backbone.projection=16", "plan.epochs=1", "plan.batch=3", *tiny,
     )  # fmt: skip
+    job(predict, "run=head", "bag=camelyon/testing/images/test_004.tif", "out=head-out")
+    assert pd.read_csv(job.folder / "head-out" / "predictions.csv")["set_id"].tolist() == ["test_004"]
     (job.folder / "simclr.pth").unlink()  # a run stands on its own
     shutil.rmtree(job.folder / "head")
     job(predict, "run=tuned", "data.part=test", "out=tuned-out")

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pds
+import pyarrow.parquet as pq
 
 from distset.data.bag import Bag
 from distset.data.readers.files import naming
@@ -18,7 +19,8 @@ from distset.data.splits import Split
 
 __all__ = ["Table", "table"]
 
-SPOOL_BYTES = 2**30  # a set beyond this is shuffled through the disk
+SPOOL_BYTES = 2**27  # a set beyond this is shuffled through the disk; within, it is in memory about three times
+BATCH_ROWS = 16_384
 KINDS = {".parquet": "parquet", ".arrow": "ipc", ".ipc": "ipc", ".feather": "ipc", ".csv": "csv"}
 
 
@@ -34,7 +36,7 @@ def table(
     instance_label: str | None = None,
 ) -> Table:
     """Bags of a Parquet, Arrow (IPC) or CSV file, or a folder of them; rows of a set may lie anywhere, and are read fast
-    where they lie together. A set that is larger than a gigabyte is shuffled through the disk and never held in memory.
+    where they lie together. A set of more than 128 MiB is shuffled through the disk and never held in memory.
 
     Args:
         path: the file or folder.
@@ -120,9 +122,10 @@ class Table:
             for piece, rows in self._pieces[set_id]:
                 yield self._rows(piece, rows, columns)
             return
-        for batch in self._data.to_batches(columns=columns, batch_size=65_536, batch_readahead=2, fragment_readahead=1):
-            if len(batch):
-                yield pa.Table.from_batches([batch])
+        for fragment in self._data.get_fragments():
+            for batch in _batches(fragment, columns):
+                if len(batch):
+                    yield pa.Table.from_batches([batch])
 
     def _feature_columns(self, features: str | Sequence[str] | None, others: set[str | None]) -> list[str]:
         fields = self._data.schema
@@ -174,6 +177,15 @@ def _pieces(data: pds.Dataset) -> Iterator[Any]:
     """Fragments no larger than a row group."""
     for fragment in data.get_fragments():
         yield from fragment.split_by_row_group() if isinstance(fragment, pds.ParquetFileFragment) else [fragment]
+
+
+def _batches(fragment: Any, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """A file's rows, some thousand at a time; a dataset would read Parquet ahead, and keep it, without bound."""
+    if isinstance(fragment, pds.ParquetFileFragment):
+        with pq.ParquetFile(fragment.path, filesystem=fragment.filesystem, pre_buffer=False) as file:
+            yield from file.iter_batches(BATCH_ROWS, columns=columns)
+    else:
+        yield from fragment.to_batches(columns=columns, batch_size=BATCH_ROWS, batch_readahead=1, fragment_readahead=1)
 
 
 def _matrix(found: pa.Table, columns: list[str], set_id: str) -> np.ndarray:

@@ -27,11 +27,11 @@ class Features:
         encoder: a function of the patch's shape ``(3, size, size)`` that gives a module from bytes ``(M, 3, size, size)`` to
             features ``(M, D)``: any of `distset.tasks.backbones`, or your own. It is called once in each process that works.
         batch: patches encoded at once.
-        dtype: of the features, a name in `distset.data.schema.DTYPES`.
+        precision: of the features, a floating-point name in `distset.data.schema.DTYPES`.
         device: "auto" for the GPU where there is one, else as torch calls it.
 
     Raises:
-        ValueError: for a batch below 1, an unknown dtype.
+        ValueError: for a batch below 1, an unknown precision.
     """
 
     apart = True
@@ -43,14 +43,14 @@ class Features:
         encoder: Callable[..., nn.Module],
         *,
         batch: int = 64,
-        dtype: str = "float32",
+        precision: str = "float32",
         device: str = "auto",
     ) -> None:
         if batch < 1:
             raise ValueError(f"batch: got {batch}, wanted at least 1 patch at once")
-        if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
-            raise ValueError(f"dtype: got {dtype!r}, wanted float16, bfloat16, float32 or float64")
-        self.slides, self.encoder, self.batch, self.dtype, self.device = slides, encoder, batch, dtype, device
+        if precision not in DTYPES or not DTYPES[precision].is_floating_point:
+            raise ValueError(f"precision: got {precision!r}, wanted float16, bfloat16, float32 or float64")
+        self.slides, self.encoder, self.batch, self.precision, self.device = slides, encoder, batch, precision, device
         self._module: nn.Module | None = None
 
     @property
@@ -87,7 +87,7 @@ class Features:
                 found = self._module(images)
             if found.dim() != 2 or len(found) != len(batch):
                 raise RuntimeError(f"encoder: gave {tuple(found.shape)} for {len(batch)} patches, wanted ({len(batch)}, D)")
-            yield found.to("cpu", DTYPES[self.dtype])
+            yield found.to("cpu", DTYPES[self.precision])
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_module": None}
