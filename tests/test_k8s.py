@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gzip
+import json
 import os
 import re
 import shlex
@@ -331,6 +332,19 @@ def test_ports_agree():
     policy = next(one for one in OBJECTS if one["metadata"]["name"] == "distset-prometheus-to-metrics")
     space = policy["spec"]["ingress"][0]["from"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
     assert space == monitor["metadata"]["namespace"]
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are():
+    metrics = (ROOT / "distset" / "cluster" / "metrics.py").read_text()
+    told = set(re.findall(r"``(ray_distset_\w+)``", metrics))
+    dashboard = json.loads((K8S / "monitoring" / "dashboard.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert asked
+    assert all(set(re.findall(r"ray_distset_\w+", expression)) <= told for expression in asked)
+    variables = {variable["name"] for variable in dashboard["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(dashboard))) - {"__rate_interval"}
+    assert used == variables
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 # --- What the jobs run

@@ -16,7 +16,8 @@ name at the endpoint                            kind       what
 ==============================================  =========  ==================================================================
 
 Labels: ``run`` and ``rank``. What holds for all workers together is told by rank 0 alone; times by every rank. A step ends
-with a collective, so a rank that reads fast waits for the slowest one: compare input waits by rank.
+with a collective, so a rank that reads fast waits for the slowest one: compare input waits by rank. What actors
+(``cluster.actors``) wait for their part of a set is not in it.
 """
 
 from __future__ import annotations

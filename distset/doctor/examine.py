@@ -36,6 +36,7 @@ def examine(config: Config, *, seconds: float = 5.0) -> list[Finding]:
     Returns:
         Findings, the checks in the order of the run; a check whose grounds are missing is left out.
     """
+    _, libraries = machine.process_memory()  # before data is mapped as well
     findings = list(findings_of("software", machine.check_software))
     about_data = list(_data(config, seconds))
     findings += about_data
@@ -46,7 +47,7 @@ def examine(config: Config, *, seconds: float = 5.0) -> list[Finding]:
         findings += settings
         if worst(settings) != "fail":
             findings += findings_of("run", partial(_run_folders, config))
-    findings += _room(config, foot[0] if foot else None)
+    findings += _room(config, foot[0] if foot else None, libraries)
     return findings
 
 
@@ -118,9 +119,9 @@ def _run_folders(config: Config) -> Iterator[Finding]:
             yield ok(f"{folder} holds this run, without a checkpoint: it starts from the beginning")
 
 
-def _room(config: Config, foot: Footprint | None) -> Iterator[Finding]:
+def _room(config: Config, foot: Footprint | None, libraries: int) -> Iterator[Finding]:
     cluster: Cluster = build(config["cluster"], "cluster")
-    need = None if foot is None else foot.training + machine.process_memory()
+    need = None if foot is None else foot.training + libraries + machine.process_memory()[0]
     far = cluster.workers > 0 and (cluster.address or os.environ.get("RAY_ADDRESS"))
     runs = len(list(members(dict(config)))) if foot is not None else 1
     if foot is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,9 +105,11 @@ def available_memory() -> int:
     return free
 
 
-def process_memory() -> int:
-    """Bytes that this process took at most so far: about what the software takes in a worker."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def process_memory() -> tuple[int, int]:
+    """Bytes that this process holds of its own, and of files (libraries, and whatever else is mapped)."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    own, files = (int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
+    return own, files
 
 
 def _allows(specifier: str, version: str) -> bool:

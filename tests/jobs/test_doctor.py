@@ -324,3 +324,19 @@ def test_a_table_shows_advice_under_its_finding():
         ("ok", "so far", "c"),
         ("fail", "KeyError: 'odd'", "c"),
     ]
+
+
+def test_data_that_was_read_does_not_count_as_software(tmp_path):
+    """A store is mapped while its checksums are compared; a worker maps a chunk of it at a time."""
+    generator = np.random.default_rng(0)
+    with StoreWriter(tmp_path / "store") as writer:
+        for i, set_id in enumerate(IDS):
+            rows = generator.standard_normal((40_000, 64)).astype(np.float32)
+            writer.add(Bag(set_id, rows, label=["no", "yes"][i % 2]))
+        writer.finish(splits=[SPLIT])
+    own, files = machine.process_memory()
+    found = look(tmp_path / "store", "data.chunk_size=100")["memory"][0]
+    told = int(
+        float(found.message.split("about ")[1].split(" ")[0].replace(",", "")) * (2**10 if "GiB;" in found.message else 1)
+    )
+    assert told * 2**20 < own + files + 150 * 2**20  # the store has 200 MB
