@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distset.data import Bag, Labelled, SplitPlan, Store, StoreWriter, ingest, write_store
+from distset.files import DiskFull
 
 
 class Numbers:
@@ -199,3 +201,20 @@ def test_ingest_takes_the_memory_of_one_bag(tmp_path):
 
     ingest(Large(), tmp_path)
     assert max(megabytes[10:]) - megabytes[9] < 10, "30 bags of 1 MB came in between"
+
+
+def test_a_full_disk_is_named_and_the_ingest_goes_on_once_there_is_room(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        with pytest.raises(DiskFull, match=r"disk.*: no space is left on its disk .*start the same command again"):
+            ingest(Numbers(), disk / "s")
+        assert not list(disk.rglob("*.parquet.tmp"))
+        with pytest.raises(ValueError, match="cut off"):
+            Store(disk / "s")
+        subprocess.run(["mount", "-o", "remount,size=9m", disk], check=True)
+        assert contents(ingest(Numbers(), disk / "s").path) == contents(ingest(Numbers(), tmp_path / "t").path)
+    finally:
+        subprocess.run(["umount", disk], check=True)
