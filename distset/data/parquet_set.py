@@ -146,7 +146,7 @@ class ParquetSet(ChunkedSet):
 
     def _rows(self) -> MappedRows:
         record = self.record
-        file = self.root / record.file
+        file = f"{self.root}/{record.file}"  # joining paths takes as long as reading a small set
         return MappedRows(file, record.offsets, record.group_rows, record.n, DTYPES[self.dtype], self.element_shape)
 
     def _images(self, start: int, stop: int) -> list[bytes]:
