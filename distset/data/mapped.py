@@ -32,7 +32,13 @@ class MappedRows:
     """
 
     def __init__(
-        self, file: str | Path, offsets: Sequence[int], group_rows: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]
+        self,
+        file: str | Path,
+        offsets: Sequence[int],
+        group_rows: int,
+        size: int,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
     ) -> None:
         self._file, self._offsets, self._group_rows, self._size = file, offsets, group_rows, size
         self._dtype, self._shape = dtype, shape

@@ -122,7 +122,9 @@ def test_small_sets_share_row_groups(tmp_path):
         n = 9000 if number == 30 else int(generator.integers(1, 60))
         coords = generator.uniform(0, 9, (n, 2)) if number % 3 else None
         labels = generator.integers(0, 5, n) if number % 4 else None
-        bags.append(Bag(f"s{number}", generator.standard_normal((n, 4)).astype(np.float32), coords, labels, "ab"[number % 2]))
+        bags.append(
+            Bag(f"s{number}", generator.standard_normal((n, 4)).astype(np.float32), coords, labels, "ab"[number % 2])
+        )
     with StoreWriter(tmp_path, group_rows=300) as writer:
         for bag in bags:
             writer.add(bag)
