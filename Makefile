@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: install train test test-slow test-gpu check format bench clean
+.PHONY: install train test test-slow test-gpu check format bench docs clean
 
 install: .venv/.installed
 
@@ -37,6 +37,10 @@ format: install
 
 bench: install  ## every benchmark in its short form; NAME=memory runs one
 	$(PY) -m benchmarks $(NAME) $(ARGS)
+
+docs: install  ## the site, with the API from docstrings, in build/site; fails on a warning
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(PY) -m mkdocs build --strict
 
 clean:
 	rm -rf .venv build dist *.egg-info

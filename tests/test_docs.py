@@ -1,0 +1,40 @@
+"""The how-tos' Python runs as it stands, and the site's pages and modules exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+RUN = ["how-to/encoder.md", "how-to/task.md", "how-to/solver.md"]
+
+
+def blocks(page: Path) -> str:
+    return "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_python_of_a_how_to_runs(page, tmp_path):
+    code = blocks(DOCS / page)
+    assert code
+    if page.endswith("task.md"):
+        code += "\nfrom distset.train import fit, Plan\nfit(task(4), *parts(60)[:2], plan=Plan(epochs=1))\n"
+    (tmp_path / "page.py").write_text(code)
+    done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_page_of_the_site_is_there_and_every_module_imports():
+    nav = (DOCS.parent / "mkdocs.yml").read_text()
+    pages = re.findall(r"(\S+\.md)", nav.partition("nav:")[2])
+    assert len(pages) > 15
+    for page in pages:
+        for module in re.findall(r"^::: (\S+)", (DOCS / page).read_text(), re.MULTILINE):
+            importlib.import_module(module)
+    found = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
+    assert found == set(pages)
