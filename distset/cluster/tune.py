@@ -27,6 +27,7 @@ from ray import tune
 from distset.build import build
 from distset.checkpoints import Checkpoints, read_state
 from distset.cluster.config import Cluster
+from distset.cluster.leftovers import Tidy
 from distset.cluster.resources import require_workers, room_for
 from distset.cluster.schedulers import scheduler_for
 from distset.cluster.search_progress import Progress
@@ -108,7 +109,7 @@ def search_on_ray(
             verbose=0,
         ),
     )
-    with progress:
+    with progress, Tidy(enabled=cluster.workers > 0):
         tuner.fit()
     shutil.rmtree(scratch, ignore_errors=True)
     if progress.left:
