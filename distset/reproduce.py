@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,12 +26,19 @@ from distset.report import write_json
 from distset.report.convergence import plot_convergence
 from distset.training import members, test_figures, train_run
 
-__all__ = ["Row", "Table", "collect", "render"]
+__all__ = ["Row", "Table", "collect", "measure", "render", "verdict"]
+
+BENCHMARKS = "benchmarks.json"
 
 HEAD = """# Results
 Written by `python -m jobs.reproduce` from the runs' own figures: mean ± standard deviation over seeds or folds. Where a
 published or wanted figure is not reached, it stands as missed. A figure is *reached* if it is at least as good, *within
 spread* if it is worse by no more than its standard deviation.
+"""
+
+SPEED = """## Speed and memory
+Ratios to the named baseline in the same run, by the scripts in `benchmarks/`, which say what is measured and exit 1 where a
+bar does not hold. `python -m jobs.reproduce benchmarks=all` measures them and writes this table.
 """
 
 
@@ -88,7 +97,7 @@ def collect(table: Table, runs: str | Path, results: str | Path) -> dict[str, An
         "figures": table.figures,
         "lower": table.lower,
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {_device()}",
+        "hardware": _hardware(),
         "rows": rows,
     }
     Path(results).mkdir(parents=True, exist_ok=True)
@@ -99,12 +108,49 @@ def collect(table: Table, runs: str | Path, results: str | Path) -> dict[str, An
     return gathered
 
 
+def measure(names: Sequence[str], results: str | Path) -> None:
+    """Run benchmarks, each in a process of its own, and keep their figures in ``results/benchmarks.json``.
+
+    Raises:
+        RuntimeError: for one that ends without its line of figures.
+    """
+    path = Path(results) / BENCHMARKS
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    for name in names:
+        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], stdout=subprocess.PIPE, text=True, check=False)
+        last = done.stdout.strip().rpartition("\n")[2]
+        if not last.startswith("{"):
+            raise RuntimeError(
+                f"benchmarks: {name} ended with code {done.returncode} and no figures:\n{done.stdout[-2000:]}"
+            )
+        print(f"benchmark {name}: {'every bar holds' if done.returncode == 0 else 'a bar does not hold'}")
+        kept[name] = {**json.loads(last), "date": datetime.date.today().isoformat(), "hardware": _hardware()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, kept)
+
+
 def render(results: str | Path, page: str | Path, order: Sequence[str] = ()) -> None:
-    """Write the page of all gathered tables: those of ``order`` first, the others by name."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(Path(results).glob("*.json"))}
+    """Write the page: gathered tables (those of ``order`` first), notes of ``results/*.md``, benchmarks."""
+    folder = Path(results)
+    paths = [path for path in sorted(folder.glob("*.json")) if path.name != BENCHMARKS]
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
     names = [name for name in order if name in found] + [name for name in found if name not in order]
-    sections = [_section(found[name], _picture(Path(results) / f"{name}.png", Path(page))) for name in names]
+    sections = [_section(found[name], _picture(folder / f"{name}.png", Path(page))) for name in names]
+    sections += [path.read_text() for path in sorted(folder.glob("*.md"))]
+    if (folder / BENCHMARKS).is_file():
+        sections.append(_speed(json.loads((folder / BENCHMARKS).read_text())))
     write_atomically(Path(page), "\n".join([HEAD, *sections]))
+
+
+def _speed(kept: Mapping[str, Any]) -> str:
+    lines = [SPEED, _line(["benchmark", "bar", "measured", "wanted", "", "date"]), _line(["---"] * 6)]
+    for name, found in sorted(kept.items()):
+        for bar, (value, wanted, holds) in found["bars"].items():
+            shown = "–" if value is None else f"{value:.4g}"
+            verdict = "holds" if holds else "**missed**"
+            lines.append(_line([f"`{name}`", bar.replace("|", "/"), shown, f"{wanted:g}", verdict, found["date"]]))
+    hardware = sorted({found["hardware"] for found in kept.values()})
+    return "\n".join([*lines, "", f"{'; '.join(hardware)}.", ""])
 
 
 def _measure(row: Row, folder: Path) -> dict[str, Any]:
@@ -146,7 +192,7 @@ def _picture(path: Path, page: Path) -> list[str]:
 
 def _section(table: Mapping[str, Any], picture: Sequence[str] = ()) -> str:
     figures: dict[str, str] = table["figures"]
-    head = ["", *figures.values(), "published", "verdict", "runs", "steps", "CPU min"]
+    head = ["", *figures.values(), "published or wanted", "verdict", "runs", "steps", "CPU min"]
     lines = [f"## {table['title']}", table["text"].strip(), "", _line(head), _line(["---"] * len(head))]
     for row in table["rows"]:
         shown = [_spread(row["values"].get(key, [])) for key in figures]
@@ -199,5 +245,6 @@ def _slug(name: str) -> str:
     return "-".join(words)
 
 
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+def _hardware() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, {device}"

@@ -15,7 +15,7 @@ import yaml
 from hydra import compose
 from omegaconf import OmegaConf
 
-from distset.reproduce import Row, Table, collect, render
+from distset.reproduce import Row, Table, collect, measure, render
 from jobs._common import job
 from jobs._overrides import CONF
 
@@ -32,9 +32,21 @@ def main(config: dict[str, Any]) -> None:
     for number, name in enumerate(wanted, 1):
         print(f"table {name} ({number} of {len(wanted)})")
         collect(read_table(name, config), config["runs"], results)
+    if config["benchmarks"] is not None:
+        measure(_benchmarks(config["benchmarks"]), results)
     if not config["short"]:
         render(results, config["page"], order)
         print(f"written: {config['page']}")
+
+
+def _benchmarks(wanted: str | list[str]) -> list[str]:
+    from benchmarks.__main__ import names
+
+    if wanted == "all":
+        return names()
+    if unknown := set(wanted) - set(names()):
+        raise ValueError(f"benchmarks: there is no {', '.join(sorted(unknown))}; there are {', '.join(names())}")
+    return list(wanted)
 
 
 def read_table(name: str, config: dict[str, Any]) -> Table:

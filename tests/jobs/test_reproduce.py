@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from hydra import initialize_config_module
 
-from distset.reproduce import collect, render
+from distset.reproduce import collect, measure, render
 from jobs.reproduce import TABLES, read_table
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
@@ -41,6 +42,30 @@ def test_a_short_table_is_gathered_rendered_and_not_trained_twice(tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert f"| DiffMF | {row['values']['jaccard'][0]:.4f} |" in page
     assert "missed by" in page or "reached" in page
+
+
+def test_benchmarks_are_measured_and_a_missed_bar_stands_as_missed(tmp_path, monkeypatch):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    line = json.dumps({"benchmark": "made", "figures": {}, "bars": {"fast": [3.5, 2.0, True], "small": [9.0, 5.0, False]}})
+    (tmp_path / "benchmarks" / "made.py").write_text(f"print('a table')\nprint({line!r})\nraise SystemExit(1)")
+    (tmp_path / "benchmarks" / "dumb.py").write_text("raise SystemExit('broken')")
+    monkeypatch.chdir(tmp_path)
+    measure(["made"], tmp_path / "results")
+    render(tmp_path / "results", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "| `made` | fast | 3.5 | 2 | holds |" in page
+    assert "| `made` | small | 9 | 5 | **missed** |" in page
+    with pytest.raises(RuntimeError, match="benchmarks: dumb ended with code 1 and no figures"):
+        measure(["dumb"], tmp_path / "results")
+
+
+def test_the_page_is_what_the_gathered_figures_say(tmp_path):
+    """No figure of a table on it was typed by hand."""
+    docs = TABLES.parents[1] / "docs"
+    shutil.copytree(docs / "results", tmp_path / "results")
+    render(tmp_path / "results", tmp_path / "results.md", NAMES)
+    assert (tmp_path / "results.md").read_text() == (docs / "results.md").read_text()
 
 
 def test_unknown_rows_are_refused():
