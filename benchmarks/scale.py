@@ -85,7 +85,7 @@ def on_actors(path: str, sizes: list[int], rounds: int) -> list[Row]:
     from distset.cluster.set_actors import SetActors
 
     os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     store, encoder = Store(path), model()
     crews = {workers: SetActors(workers, num_cpus=0.5) for workers in (1, 2)}
 
