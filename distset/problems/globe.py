@@ -26,7 +26,7 @@ __all__ = ["Combinations", "Globe", "globe"]
 
 
 class Globe(NamedTuple):
-    """Flags float ``(C, 3, H, W)`` in 0..1, and where the capitals lie: on the unit sphere ``(C, 3)``, in degrees ``(C, 2)``."""
+    """Flags ``(C, 3, H, W)`` in 0..1, and where the capitals lie: on the unit sphere ``(C, 3)``, in degrees ``(C, 2)``."""
 
     flags: Tensor
     points: Tensor

@@ -46,7 +46,7 @@ class Descriptors(nn.Module):
 class MatchingTask:
     """Loss, prediction and metrics of keypoint matching.
 
-    An example is both clouds as one set of ``n + m`` points ``(*, n + m, 2 + F)``, the first n of the smaller cloud, with the
+    An example is both clouds as one set of ``n + m`` points ``(*, n + m, 2 + F)``, the first n of the smaller, with the
     true match ``(*, n, m)``.
 
     Args:
