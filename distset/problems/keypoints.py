@@ -43,7 +43,7 @@ def draw_clouds(count: int, n: int, outliers: int, noise: float, seed: int) -> t
 
 
 def keypoints(path: str, *, shares: tuple[float, float] = (0.6, 0.2), seed: int = 0) -> Parts:
-    """Keypoints of images from an ``npz``: ``first (P, n, 2 + F)``, ``second (P, m, 2 + F)`` and ``match (P, n)``, which point
+    """Keypoints of images from an ``npz``: ``first (P, n, 2 + F)``, ``second (P, m, 2 + F)``, ``match (P, n)``: which point
     of the second is which of the first.
 
     Coordinates are scaled to [-1, 1] within each cloud; the features, if any, are taken as they are.
