@@ -6,6 +6,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,25 +20,28 @@ def state(step: int) -> dict:
     return {"model": model, "best": {"step": step, "model": model}, "meta": {}}
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file of this process grows beyond 4 KiB: what a write meets on a full disk, from the same system call."""
+    """No file of this process grows beyond 4 KiB: what a write meets on a full disk, from the same system call.
+
+    No fixture: the tests' own report may go to a longer file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def stored(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, request):
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path):
     Checkpoints(tmp_path).save(state(1))
-    request.getfixturevalue("full_disk")
-    with pytest.raises(
-        ValueError, match=r"checkpoint: .*state.pt cannot be written .* MiB are free .* the same command goes on"
-    ):
+    said = r"checkpoint: .*state.pt cannot be written .* MiB are free .* the same command goes on"
+    with pytest.raises(ValueError, match=said), full_disk():
         Checkpoints(tmp_path).save(state(2))
     assert stored(tmp_path) == ["best/state.pt", "last/state.pt"]
     loaded = Checkpoints(tmp_path).load()
@@ -45,12 +49,12 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(tmp_path, request):
     assert torch.equal(loaded["model"]["weight"], state(1)["model"]["weight"])
 
 
-def test_a_full_shared_folder_is_said_and_the_last_checkpoint_stays(tmp_path, request):
+def test_a_full_shared_folder_is_said_and_the_last_checkpoint_stays(tmp_path):
     storage = pytest.importorskip("distset.cluster.storage")
     uri = f"file://{tmp_path}"
     storage.StorageCheckpoints(uri).save(state(1))
-    request.getfixturevalue("full_disk")
-    with pytest.raises(ValueError, match=r"checkpoint: file:.*state.pt cannot be written .* the same command goes on"):
+    said = r"checkpoint: file:.*state.pt cannot be written .* the same command goes on"
+    with pytest.raises(ValueError, match=said), full_disk():
         storage.StorageCheckpoints(uri).save(state(2))
     loaded = storage.StorageCheckpoints(uri).load()
     assert torch.equal(loaded["model"]["weight"], state(1)["model"]["weight"])

@@ -19,7 +19,8 @@ __all__ = ["available_memory", "check_cores", "check_disk", "check_memory", "che
 SPARE = 2**30
 """Bytes that a disk should have left over."""
 CGROUP = Path("/sys/fs/cgroup")
-OPTIONAL = ("dev", "solvers")
+NEEDED = ("data", "jobs")
+"""Extras without which no job runs; packages of the others are looked at where they are installed."""
 
 
 def check_software() -> Iterator[Finding]:
@@ -31,12 +32,13 @@ def check_software() -> Iterator[Finding]:
         yield fail(f"Python is {platform.python_version()}, wanted {wanted['Requires-Python']}", "make a new environment")
     bad = []
     for requirement in map(Requirement, importlib.metadata.requires("distset") or []):
-        if requirement.name == "distset" or any(f'"{extra}"' in str(requirement.marker) for extra in OPTIONAL):
-            continue
+        needed = requirement.marker is None or any(f'"{extra}"' in str(requirement.marker) for extra in NEEDED)
         try:
             found = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             found = "not installed"
+        if found == "not installed" and not needed:
+            continue
         if found == "not installed" or not requirement.specifier.contains(found, prereleases=True):
             bad.append(f"{requirement.name} is {found}, wanted {requirement.specifier}")
     if bad:
