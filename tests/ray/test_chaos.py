@@ -166,8 +166,8 @@ def check(machines: Machines, undisturbed: dict[str, Path], tmp_path: Path, numb
         assert torch.equal(states[0]["model"][key], tensor), key
 
 
-# A node is lost; an actor dies, then its worker.
-@pytest.mark.parametrize("number", [16, 5])
+# A node with an actor is lost; an actor dies, then its worker. (test_train.py has the death of one of several workers.)
+@pytest.mark.parametrize("number", [3, 5])
 def test_a_death_changes_no_bit(machines, undisturbed, tmp_path, number):
     check(machines, undisturbed, tmp_path, number)
 
