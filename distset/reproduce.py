@@ -24,7 +24,7 @@ import torch
 from distset.files import write_atomically
 from distset.report import write_json
 from distset.report.convergence import plot_convergence
-from distset.training import members, test_figures, train_run
+from distset.training import final_figures, members, train_run
 
 __all__ = ["Row", "Table", "collect", "measure", "render", "verdict"]
 
@@ -166,7 +166,7 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
             write_json(own / "seconds.json", {"cpu_seconds": time.process_time() - clock})
         if (own / "seconds.json").is_file():
             seconds.append(json.loads((own / "seconds.json").read_text())["cpu_seconds"])
-        figures.append(test_figures(metrics))
+        figures.append(final_figures(metrics))
         steps.append(metrics["steps"])
         baselines = metrics.get("baselines", {})
     gathered = {key: [own[key] for own in figures if own.get(key) is not None] for key in figures[0]}

@@ -30,7 +30,7 @@ from distset.run_log import RunLog, log
 from distset.runs import RunFolder
 from distset.train import Watch, Watches
 
-__all__ = ["describe", "members", "summarise", "test_figures", "train_run"]
+__all__ = ["describe", "final_figures", "members", "summarise", "train_run"]
 
 README = """# Several training runs of distset
 
@@ -123,7 +123,7 @@ def summarise(folder: str | Path, runs: Mapping[str, Mapping[str, Any]]) -> str:
         runs: the ``metrics.json`` of each, by name.
     """
     folder = Path(folder)
-    rows = {name: test_figures(metrics) for name, metrics in runs.items()}
+    rows = {name: final_figures(metrics) for name, metrics in runs.items()}
     table = pd.DataFrame.from_dict(rows, orient="index").astype(float)
     summary: dict[str, Any] = {"runs": len(rows)}
     lines = [f"test figures over {len(rows)} runs, mean and standard deviation:"]
@@ -143,13 +143,10 @@ def summarise(folder: str | Path, runs: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def test_figures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+def final_figures(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures of the test part (of validation where there is none), without their intervals."""
     part = metrics.get("test") or metrics.get("val") or {}
     return {name: figure["value"] if isinstance(figure, Mapping) else figure for name, figure in part.items()}
-
-
-test_figures.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever its name
 
 
 def _folds(config: Config) -> list[int] | None:

@@ -37,6 +37,7 @@ SPINE = """
     choose
     explain
     world
+    task
     train
     testing
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,6 +13,7 @@ from distset.checkpoints import Checkpoints
 from distset.data import Split, Store, check_split
 from distset.encode import Sampled, Subset
 from distset.runs import make_task
+from distset.task import LazyExamples
 from distset.tasks.backbones import Standardise
 from distset.tasks.bags import BagTask
 from distset.train import Example, Plan, Watch, World, fit, predict_all
@@ -20,7 +21,7 @@ from distset.train import Example, Plan, Watch, World, fit, predict_all
 __all__ = ["Outcome", "StoreBags", "balance", "check_run", "train_bags"]
 
 
-class StoreBags(Sequence[Example]):
+class StoreBags(LazyExamples):
     """Sets of a store with their class numbers, opened when asked for."""
 
     def __init__(self, store: Store, ids: Sequence[str], chunk_size: int | None) -> None:
@@ -30,13 +31,7 @@ class StoreBags(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
         return Example(self.store.open(self.ids[index], self.chunk_size), self.targets[index])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from distset.data.celeba import celeba_faces
 from distset.data.idx_images import read_idx_folder
 from distset.seeds import generator_for, seed_for
 from distset.sets import InMemory
+from distset.task import LazyExamples
 from distset.tasks.completion import Images, context_of, gaussian_nll, pixel_places
 from distset.train import Example, Parts
 
@@ -72,7 +72,7 @@ def faces(
     return _parts(parts, contexts, chunk_size, seed)
 
 
-class _Pixels(Sequence[Example]):
+class _Pixels(LazyExamples):
     """Images uint8 ``(M, H, W, C)`` as sets of pixels (place, value), made when they are asked for."""
 
     def __init__(self, images: Tensor) -> None:
@@ -86,13 +86,7 @@ class _Pixels(Sequence[Example]):
         values = self.images[index].flatten(1, 2).float() / 255
         return torch.cat([self.places.expand(len(values), -1, -1), values], -1)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
         return Example(InMemory(self.elements(slice(index, index + 1))[0], name=f"image-{index}"), None)
 
 

@@ -6,9 +6,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from distset.sets import InMemory
 from distset.solve import solve
 from distset.solvers.base import Solver
 from distset.solvers.tour import Tour
+from distset.task import LazyExamples
 from distset.tasks.globe_tsp import chords
 from distset.train import Example, Parts
 
@@ -64,7 +64,7 @@ class Globe(NamedTuple):
         return solve(chords(self.points[countries]), Tour() if solver is None else solver)
 
 
-class Combinations(Sequence[Example]):
+class Combinations(LazyExamples):
     """Combinations of countries as examples, ``group`` in each: flags ``(group, k, 3, H, W)``, their numbers and tours."""
 
     def __init__(self, globe: Globe, countries: Tensor, tours: Tensor, group: int = 1) -> None:
@@ -73,15 +73,7 @@ class Combinations(Sequence[Example]):
     def __len__(self) -> int:
         return -(-len(self.countries) // self.group)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: got {index}, there are {len(self)} examples")
+    def example(self, index: int) -> Example:
         own = slice(index * self.group, (index + 1) * self.group)
         flags = self.globe.flags[self.countries[own]]
         return Example(InMemory(flags, element_ndim=3, name=f"combination-{index}"), (self.countries[own], self.tours[own]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ import torch
 from distset.data.synthetic_mixtures import MixtureSets
 from distset.seeds import seed_for
 from distset.sets import InMemory
+from distset.task import LazyExamples
 from distset.tasks.clustering import Truth
 from distset.train import Example, Parts
 
@@ -57,7 +57,7 @@ def mixtures(
     return Parts(train, val, test, {"dim": dim, "components": components}, {"true_mixture": -float(np.mean(truth))})
 
 
-class _Single(Sequence[Example]):
+class _Single(LazyExamples):
     """One set an example, made when it is asked for."""
 
     def __init__(self, sets: MixtureSets, chunk_size: int | None) -> None:
@@ -66,13 +66,7 @@ class _Single(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.sets)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
         points = torch.from_numpy(self.sets.draw(index).points)
         return Example(InMemory(points, self.chunk_size, name=f"mixture-{index}"), None)
 

@@ -7,9 +7,6 @@ validation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import overload
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +14,7 @@ from torch.nn import functional as F
 from distset.data.idx_images import LabelledImages, read_idx_folder
 from distset.seeds import generator_for
 from distset.sets import InMemory
+from distset.task import LazyExamples
 from distset.tasks.subset_knn import Labelled
 from distset.train import Example, Parts
 
@@ -26,7 +24,7 @@ GROUP = 500
 """Validation and test images that are looked at together."""
 
 
-class ImageExamples(Sequence[Example]):
+class ImageExamples(LazyExamples):
     """Images one by one, with their class number as target; kept as bytes until one is asked for."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -35,13 +33,7 @@ class ImageExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.labels)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
         pixels = self.bytes[index].float().div_(255).unsqueeze(-1)
         return Example(InMemory(pixels, name=f"image-{index}"), self.labels[index])
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +17,14 @@ from distset.data.beer import RatedReview, read_annotations, read_ratings
 from distset.data.documents import Vocabulary, read_movie_reviews
 from distset.seeds import generator_for
 from distset.sets import InMemory
+from distset.task import LazyExamples
 from distset.tasks.explain_words import LinearJudge, Review
 from distset.train import Example, Parts
 
 __all__ = ["ReviewExamples", "beer_reviews", "movie_reviews"]
 
 
-class ReviewExamples(Sequence[Example]):
+class ReviewExamples(LazyExamples):
     """Documents as sets of word numbers ``(N, 1)``, in reading order."""
 
     def __init__(self, words: Sequence[Sequence[str]], targets: Sequence[Review], vocabulary: Vocabulary, part: str) -> None:
@@ -33,13 +34,7 @@ class ReviewExamples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
         return Example(InMemory(self.ids[index], name=f"{self.part}-{index}"), self.targets[index])
 
 

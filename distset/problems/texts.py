@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from distset.data.documents import Documents, Vocabulary, read_eurlex, read_movie_reviews
 from distset.seeds import generator_for
 from distset.sets import InMemory
+from distset.task import LazyExamples
 from distset.train import Example, Parts
 
 __all__ = ["eurlex", "movie_reviews"]
@@ -52,7 +53,7 @@ def eurlex(
     return _parts([read[part] for part in ("train", "dev", "test")], vocabulary, chunk_size, seed, multi_label=True)
 
 
-class _Words(Sequence[Example]):
+class _Words(LazyExamples):
     """Documents as sets of word numbers ``(N, 1)``, shuffled once; an empty document is one unknown word."""
 
     def __init__(self, documents: Documents, vocabulary: Vocabulary, chunk_size: int | None, seed: int) -> None:
@@ -66,13 +67,7 @@ class _Words(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+    def example(self, index: int) -> Example:
         set = InMemory(self.ids[index].unsqueeze(-1), self.chunk_size, name=self.names[index])
         return Example(set, self.targets[index])
 
