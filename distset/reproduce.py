@@ -79,33 +79,41 @@ class Table(NamedTuple):
     curve: str | None = None
 
 
-def collect(table: Table, runs: str | Path, results: str | Path) -> dict[str, Any]:
-    """Train what is not trained yet, gather the figures, and write ``results/<table>.json``.
+def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train what is not trained yet, gather the figures, and write ``results/<table>.json`` after every row.
 
     Args:
         table: what to run.
         runs: folder of the run folders, ``runs/<table>/<row>/<member>``; finished ones are only read.
         results: folder of the gathered tables, and of their curves, ``results/<table>.png``.
+        rows: names of the rows to run; all if None. The others keep what is known of them, if their configuration is
+            still the same, or stand as not measured.
     """
-    rows = []
+    path = Path(results) / f"{table.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    earlier = json.loads(path.read_text())["rows"] if path.is_file() else []
+    known = {(row["name"], row["command"]): row for row in earlier}
     for row in table.rows:
-        folder = Path(runs) / table.name / _slug(row.name)
-        rows.append({"name": row.name, "command": row.command, "published": row.published, **_measure(row, folder)})
-    gathered = {
-        "title": table.title,
-        "text": table.text,
-        "figures": table.figures,
-        "lower": table.lower,
-        "date": datetime.date.today().isoformat(),
-        "hardware": _hardware(),
-        "rows": rows,
-    }
-    Path(results).mkdir(parents=True, exist_ok=True)
+        if rows is None or row.name in rows:
+            found = _measure(row, Path(runs) / table.name / _slug(row.name))
+            known[row.name, row.command] = {"date": datetime.date.today().isoformat(), "hardware": _hardware(), **found}
+        gathered = {
+            "title": table.title,
+            "text": table.text,
+            "figures": table.figures,
+            "lower": table.lower,
+            "rows": [_described(row, known.get((row.name, row.command), {})) for row in table.rows],
+        }
+        write_json(path, gathered)
     if table.curve is not None:
         histories = {row.name: _histories(Path(runs) / table.name / _slug(row.name)) for row in table.rows}
-        plot_convergence(histories, table.curve, Path(results) / f"{table.name}.png")
-    write_json(Path(results) / f"{table.name}.json", gathered)
+        plot_convergence({name: found for name, found in histories.items() if found}, table.curve, path.with_suffix(".png"))
     return gathered
+
+
+def _described(row: Row, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it is kept, with what was measured of it."""
+    return {"values": {}, **found, "name": row.name, "command": row.command, "published": row.published}
 
 
 def measure(names: Sequence[str], results: str | Path) -> None:
@@ -198,17 +206,21 @@ def _section(table: Mapping[str, Any], picture: Sequence[str] = ()) -> str:
         shown = [_spread(row["values"].get(key, [])) for key in figures]
         published = ", ".join(f"{value:g}" for value in row["published"].values())
         verdicts = [verdict(row["values"].get(k, []), v, k in table["lower"]) for k, v in row["published"].items()]
+        if not row["values"]:
+            lines.append(_line([row["name"], *shown, published, "not measured", "0", "", ""]))
+            continue
         low, high = row["steps"]
         minutes = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds'] / 60:.1f}"
-        runs = str(max((len(values) for values in row["values"].values()), default=0))
+        runs = str(max(len(values) for values in row["values"].values()))
         steps = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         lines.append(_line([row["name"], *shown, published, ", ".join(verdicts), runs, steps, minutes]))
-    baselines = {name: value for row in table["rows"] for name, value in row["baselines"].items()}
+    baselines = {name: value for row in table["rows"] for name, value in row.get("baselines", {}).items()}
     if baselines:
         simple = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in baselines.items())
         lines += ["", f"Simple rules on the same test examples: {simple}."]
     commands = "\n".join(row["command"] for row in table["rows"])
-    return "\n".join([*lines, *picture, "", f"{table['date']}, {table['hardware']}.", "", f"```bash\n{commands}\n```", ""])
+    measured = sorted({f"{row['date']}, {row['hardware']}" for row in table["rows"] if row["values"]})
+    return "\n".join([*lines, *picture, "", f"{'; '.join(measured)}.", "", f"```bash\n{commands}\n```", ""])
 
 
 def verdict(values: Sequence[float], published: float, lower: bool) -> str:

@@ -87,6 +87,17 @@ class ChunkedSet(ABC):
         assert total is not None, "a set has at least one chunk"
         return total
 
+    def whole(self) -> Chunk:
+        """All elements as one chunk, for sets that fit in memory; no copy where they are in one."""
+        chunks = list(self.map(_itself))
+        if len(chunks) == 1:
+            return chunks[0]
+        axis = -chunks[0].element_ndim - 1
+        masks = [chunk.mask for chunk in chunks if chunk.mask is not None]
+        return chunks[0]._replace(
+            elements=torch.cat([chunk.elements for chunk in chunks], axis), mask=torch.cat(masks, -1) if masks else None
+        )
+
     def coarser(self, factor: int) -> ChunkedSet:
         """The same set with ``factor`` successive chunks in one, where that costs nothing; else the set itself."""
         return self
@@ -209,6 +220,10 @@ def pad_sets(sets: Sequence[Tensor], *, value: float = 0.0) -> tuple[Tensor, Ten
     elements = torch.nn.utils.rnn.pad_sequence(list(sets), batch_first=True, padding_value=value)
     lengths = torch.tensor([len(s) for s in sets], device=elements.device)
     return elements, torch.arange(elements.shape[1], device=elements.device) < lengths.unsqueeze(-1)
+
+
+def _itself(chunk: Chunk) -> Chunk:
+    return chunk
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import quote, unquote
 import torch
 from torch import Tensor
 
-from distset.encoders.stream import Place, Stream, fingerprint, state_tensors
+from distset.encoders.stream import Node, Place, Stream, climb, covered, fingerprint, state_tensors
 from distset.files import draft_for, publish, write_atomically
 
 __all__ = ["StreamStore", "Taken"]
@@ -63,15 +63,14 @@ class StreamStore:
             ValueError: for elements of another shape, none, or not finite; a negative number; an empty set id.
         """
         self._check(set_id, number, elements)
-        known = self.places(set_id)
-        if _covered(known, (0, number)):
+        if covered(self.places(set_id), (0, number)):
             return self._taken(set_id, new=False)
         state = self.stream.state_of(elements, number)
         path = self._path(set_id)
         with _locked(path):
             known = self.places(set_id)
-            if new := not _covered(known, (0, number)):
-                self._insert(path, known, number, state, len(elements))
+            if new := not covered(known, (0, number)):
+                self._insert(path, known, (0, number), Node(state, len(elements)))
         return self._taken(set_id, new)
 
     def value(self, set_id: str) -> tuple[Any, Taken]:
@@ -86,7 +85,7 @@ class StreamStore:
         own = Stream(self.stream.encoder, element_ndim=len(self.shape), seed=self.stream.seed)
         with _locked(path):
             for place in self.places(set_id):
-                own.nodes[place], own.counts[place] = self._read(path, place)
+                own.nodes[place] = self._read(path, place)
         if not own.nodes:
             raise KeyError(set_id)
         with torch.no_grad():
@@ -113,34 +112,35 @@ class StreamStore:
         path = self._path(set_id)
         names = [file.stem.split("-") for file in path.glob("*.safetensors")] if path.is_dir() else []
         found = {(int(level), int(position)) for level, position in names}
-        return sorted(p for p in found if not _covered(found - {p}, p))
+        return sorted(p for p in found if not covered(found - {p}, p))
 
-    def _insert(self, path: Path, known: list[Place], number: int, state: Any, count: int) -> None:
-        place, absorbed = (0, number), []
-        while (sibling := (place[0], place[1] ^ 1)) in known:
-            other, theirs = self._read(path, sibling)
-            state = other.merge(state) if place[1] % 2 else state.merge(other)
-            count += theirs
+    def _insert(self, path: Path, known: list[Place], place: Place, node: Node) -> None:
+        absorbed: list[Place] = []
+
+        def take(sibling: Place) -> Node | None:
+            if sibling not in known:
+                return None
             absorbed.append(sibling)
-            place = (place[0] + 1, place[1] // 2)
-        self._write(path, place, state, count)
+            return self._read(path, sibling)
+
+        self._write(path, *climb(place, node, take))
         for sibling in absorbed:
             _file(path, sibling).unlink(missing_ok=True)
 
-    def _write(self, path: Path, place: Place, state: Any, count: int) -> None:
+    def _write(self, path: Path, place: Place, node: Node) -> None:
         from safetensors.torch import save_file
 
         draft = draft_for(_file(path, place))
-        tensors = {f"{i:04}": tensor.contiguous().cpu() for i, tensor in enumerate(state_tensors(state))}
-        save_file(tensors, draft, metadata={"elements": str(count)})
+        tensors = {f"{i:04}": tensor.contiguous().cpu() for i, tensor in enumerate(state_tensors(node.state))}
+        save_file(tensors, draft, metadata={"elements": str(node.elements)})
         publish(draft, _file(path, place))
 
-    def _read(self, path: Path, place: Place) -> tuple[Any, int]:
+    def _read(self, path: Path, place: Place) -> Node:
         from safetensors import safe_open
 
         with safe_open(str(_file(path, place)), framework="pt") as file:
             tensors = [file.get_tensor(name) for name in sorted(file.keys())]
-            return self.stream.rebuild(list(self.shape), tensors), int(file.metadata()["elements"])
+            return Node(self.stream.rebuild(list(self.shape), tensors), int(file.metadata()["elements"]))
 
     def _taken(self, set_id: str, new: bool) -> Taken:
         from safetensors import safe_open
@@ -167,12 +167,6 @@ class StreamStore:
 
 def _file(path: Path, place: Place) -> Path:
     return path / f"{place[0]}-{place[1]}.safetensors"
-
-
-def _covered(known: Any, place: Place) -> bool:
-    """Whether a node or an ancestor of it is known."""
-    level, position = place
-    return any((up, position >> (up - level)) in known for up in range(level, 64))
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def main(config: dict[str, Any]) -> None:
     results = Path(config["results"])
     for number, name in enumerate(wanted, 1):
         print(f"table {name} ({number} of {len(wanted)})")
-        collect(read_table(name, config), config["runs"], results)
+        table = read_table(name, config)
+        collect(table, config["runs"], results, chosen_rows(table, config["rows"]))
     if config["benchmarks"] is not None:
         measure(_benchmarks(config["benchmarks"]), results)
     if not config["short"]:
@@ -52,18 +53,21 @@ def _benchmarks(wanted: str | list[str]) -> list[str]:
 def read_table(name: str, config: dict[str, Any]) -> Table:
     """A table of ``conf/tables``, its rows composed; ``short`` replaces sizes and seeds by small ones."""
     spec = yaml.safe_load((TABLES / f"{name}.yaml").read_text())
-    known = [row["name"] for row in spec["rows"]]
-    chosen = known if config["rows"] is None else config["rows"]
-    if unknown := set(chosen) - set(known):
-        raise ValueError(f"rows: {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    short = [*spec.get("short", []), "plan.epochs=null"] if config["short"] else []
     rows = []
     for row in spec["rows"]:
-        if row["name"] in chosen:
-            typed = [*spec.get("common", []), *row.get("overrides", [])]
-            short = [*spec.get("short", []), "plan.epochs=null"] if config["short"] else []
-            rows.append(_row(row, typed, short, config))
+        typed = [*spec.get("common", []), *row.get("overrides", [])]
+        rows.append(_row(row, typed, short, config))
     figures, lower = spec["figures"], spec.get("lower", [])
     return Table(name, spec["title"], spec["text"], figures, lower, rows, spec.get("curve"))
+
+
+def chosen_rows(table: Table, wanted: list[str] | None) -> list[str] | None:
+    """The rows to run, None for all; unknown ones are refused."""
+    known = [row.name for row in table.rows]
+    if unknown := set(wanted or ()) - set(known):
+        raise ValueError(f"rows: {table.name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    return wanted
 
 
 def _row(row: dict[str, Any], typed: list[str], short: list[str], config: dict[str, Any]) -> Row:

@@ -15,6 +15,18 @@ def test_chunks_cover_the_set_once():
         assert [c.id for c in chunks] == list(range(len(chunks)))
 
 
+def test_whole_is_the_set_in_one_chunk():
+    x, mask = torch.arange(20.0).reshape(2, 10, 1), torch.arange(10) < torch.tensor([[10], [7]])
+    for size in (3, None):
+        chunk = InMemory(x, size, mask=mask).whole()
+        assert torch.equal(chunk.elements, x)
+        assert torch.equal(chunk.mask, mask)
+        assert (chunk.id, chunk.start, chunk.size) == (0, 0, 10)
+    images = InMemory(torch.rand(5, 2, 3, 3), 2, element_ndim=3)
+    assert torch.equal(images.whole().elements, images.elements)
+    assert InMemory(images.elements, element_ndim=3).whole().elements.data_ptr() == images.elements.data_ptr()
+
+
 def test_sum_adds_without_touching_its_parts():
     parts = [torch.ones(2).expand(3, 2), torch.ones(3, 2)]
     total = InMemory(torch.zeros(2, 1), 1).sum(lambda chunk: (parts[chunk.id], None))

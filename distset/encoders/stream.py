@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,36 @@ from distset.seeds import generator_for
 from distset.sets import Chunk
 from distset.states import merge_nodes
 
-__all__ = ["Place", "Stream", "fingerprint", "state_tensors"]
+__all__ = ["Node", "Place", "Stream", "climb", "covered", "fingerprint", "state_tensors"]
 
 FORMAT = "distset stream 1"
 Place = tuple[int, int]
 """``(level, position)`` in the merge tree: chunks ``position * 2**level`` to before ``(position + 1) * 2**level``."""
+
+
+class Node(NamedTuple):
+    """The merged state of all chunks below a place, and how many elements they had."""
+
+    state: Any
+    elements: int
+
+    def merge(self, other: Node) -> Node:
+        return Node(self.state.merge(other.state), self.elements + other.elements)
+
+
+def climb(place: Place, node: Node, take: Callable[[Place], Node | None]) -> tuple[Place, Node]:
+    """Merge ``node`` with its siblings as far as ``take`` has them; where it ends up, and what it is then."""
+    level, position = place
+    while (sibling := take((level, position ^ 1))) is not None:
+        node = sibling.merge(node) if position % 2 else node.merge(sibling)
+        level, position = level + 1, position // 2
+    return (level, position), node
+
+
+def covered(known: Container[Place], place: Place) -> bool:
+    """Whether ``place`` or an ancestor of it is known."""
+    level, position = place
+    return any((up, position >> (up - level)) in known for up in range(level, 64))
 
 
 class Stream:
@@ -57,8 +82,7 @@ class Stream:
                 "encoder: needs several sweeps over the set, a stream has but one; encode stored elements instead"
             )
         self.encoder, self.element_ndim, self.seed = encoder, element_ndim, seed
-        self.nodes: dict[Place, Any] = {}
-        self.counts: dict[Place, int] = {}
+        self.nodes: dict[Place, Node] = {}
         self._shape: tuple[int, ...] | None = None
         self._like: Any = None  # a state, for its structure
         with torch.no_grad():
@@ -66,11 +90,11 @@ class Stream:
 
     def __len__(self) -> int:
         """Elements so far."""
-        return sum(self.counts.values())
+        return sum(node.elements for node in self.nodes.values())
 
     def __contains__(self, number: int) -> bool:
         """Whether chunk ``number`` has been taken."""
-        return any((level, number >> level) in self.nodes for level in range(64))
+        return covered(self.nodes, (0, number))
 
     @property
     def num_chunks(self) -> int:
@@ -96,8 +120,7 @@ class Stream:
             raise ValueError(f"number: got {number}, wanted a chunk number from 0")
         if number in self:
             return False
-        state = self.state_of(elements, number)
-        self.insert((0, number), state, len(elements))
+        self._insert((0, number), Node(self.state_of(elements, number), len(elements)))
         return True
 
     def state_of(self, elements: Tensor, number: int) -> Any:
@@ -112,15 +135,6 @@ class Stream:
             finally:
                 self.encoder.train(training)
 
-    def insert(self, place: Place, state: Any, count: int) -> None:
-        """Put a node of the tree in and merge it with its siblings as far as they are there."""
-        level, position = place
-        while (sibling := (level, position ^ 1)) in self.nodes:
-            other, theirs = self.nodes.pop(sibling), self.counts.pop(sibling)
-            state = other.merge(state) if position % 2 else state.merge(other)
-            count, level, position = count + theirs, level + 1, position // 2
-        self.nodes[level, position], self.counts[level, position] = state, count
-
     def value(self) -> Any:
         """The encoding of all elements so far.
 
@@ -134,7 +148,7 @@ class Stream:
         if not self.nodes:
             raise ValueError("stream: nothing has come yet, wanted at least one chunk")
         ordered = sorted(self.nodes, key=lambda place: place[1] << place[0])
-        return merge_nodes((*place, self.nodes[place]) for place in ordered)
+        return merge_nodes((*place, self.nodes[place].state) for place in ordered)
 
     def merge(self, other: Stream) -> None:
         """Take what another stream of the same set gathered, under numbers that this one has not.
@@ -146,30 +160,31 @@ class Stream:
             raise ValueError("other: its encoder has other weights or another seed; both must be the same to be merged")
         if both := next((p for p in other.nodes if self._overlaps(p)), None):
             raise ValueError(f"other: both have chunk {both[1] << both[0]}; give each place its own chunk numbers")
-        for place, state in other.nodes.items():
-            self.insert(place, state, other.counts[place])
+        for place, node in other.nodes.items():
+            self._insert(place, node)
         self._shape = self._shape or other._shape
 
     def _overlaps(self, place: Place) -> bool:
-        level, position = place
-        if any((up, position >> (up - level)) in self.nodes for up in range(level, 64)):
-            return True
-        return any(low < level and at >> (level - low) == position for low, at in self.nodes)
+        return covered(self.nodes, place) or any(covered([place], own) for own in self.nodes)
+
+    def _insert(self, place: Place, node: Node) -> None:
+        place, node = climb(place, node, lambda sibling: self.nodes.pop(sibling, None))
+        self.nodes[place] = node
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as one safetensors file, whole or not at all."""
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
-        for (level, position), state in self.nodes.items():
-            for place, tensor in enumerate(state_tensors(state)):
-                tensors[f"{level}.{position}.{place}"] = tensor.contiguous().clone()
+        for (level, position), node in self.nodes.items():
+            for field, tensor in enumerate(state_tensors(node.state)):
+                tensors[f"{level}.{position}.{field}"] = tensor.contiguous().clone()
         about = {
             "format": FORMAT,
             "seed": str(self.seed),
             "weights": fingerprint(self.encoder),
             "element": json.dumps(self._shape),
-            "counts": json.dumps([[*place, count] for place, count in self.counts.items()]),
+            "counts": json.dumps([[*place, node.elements] for place, node in self.nodes.items()]),
         }
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +218,7 @@ class Stream:
                 shape,
                 [tensors[f"{level}.{position}.{i}"] for i in range(len(tensors)) if f"{level}.{position}.{i}" in tensors],
             )
-            stream.nodes[level, position], stream.counts[level, position] = state, count
+            stream.nodes[level, position] = Node(state, count)
         return stream
 
     def rebuild(self, shape: list[int], tensors: list[Tensor]) -> Any:

@@ -24,8 +24,7 @@ from distset.encoders import ChunkEncoder
 from distset.report.set_figures import plot_variances
 from distset.seeds import seeded
 from distset.tasks import clustering_models as models
-from distset.tasks.clustering import ClusteringModel
-from distset.tasks.set_models import partition_variance
+from distset.tasks.set_models import SetModel, partition_variance
 
 __all__ = ["variances"]
 
@@ -49,7 +48,7 @@ def variances(*, points: int = 1024, partitions: int = 100, seed: int = 0) -> di
     for name, maker in MODELS.items():
         with seeded(seed, torch.device("cpu")):
             encoder, head = maker(2, 4)
-        model = ClusteringModel(encoder, head).double().eval()
+        model = SetModel(encoder, head).double().eval()
         found[name] = partition_variance(functools.partial(model, seed=0), elements, partitions=partitions, seed=seed)
     return found
 

@@ -1,6 +1,6 @@
 """The bag classifier: a set of any size in, class probabilities out (multiple instance learning).
 
-`BagModel` is an encoder (with a feature extractor inside it where elements are images) and a head; `BagTask` adds loss,
+A `SetModel` is an encoder (with a feature extractor inside it where elements are images) and a head; `BagTask` adds loss,
 prediction and metrics; `bag_task` puts one together from plain configuration. Two classes have one logit, more have one
 each. A head may return several tensors of logits (DS-MIL's two streams): the loss is the mean of theirs, the first one
 predicts.
@@ -19,38 +19,20 @@ from torch.nn import functional as F
 
 from distset.build import build
 from distset.checkpoints import check_weights, read_state
-from distset.encode import encode_set
 from distset.encoders import ChunkEncoder, Features, Sweeps
 from distset.seeds import seeded
 from distset.sets import ChunkedSet
+from distset.tasks.set_models import SetModel
 from distset.train import Example
 
-__all__ = ["BagModel", "BagTask", "bag_task", "begin_with"]
-
-
-class BagModel(nn.Module):
-    """Logits of a set.
-
-    Args:
-        encoder: a `ChunkEncoder`, or `Sweeps` of several.
-        head: from the encoding to logits ``(C,)`` (one for two classes), or a tuple of such.
-        grad: the gradient strategy of `encode_set`; `Exact()` if None.
-    """
-
-    def __init__(self, encoder: ChunkEncoder | Sweeps, head: nn.Module, grad: Any = None) -> None:
-        super().__init__()
-        self.encoder, self.head, self.grad = encoder, head, grad
-
-    def forward(self, set: ChunkedSet, *, seed: int | None = None) -> tuple[Tensor, ...]:
-        logits = self.head(encode_set(self.encoder, set, grad=self.grad, seed=seed))
-        return logits if isinstance(logits, tuple) else (logits,)
+__all__ = ["BagTask", "bag_task", "begin_with"]
 
 
 class BagTask:
     """Loss, prediction and metrics of a bag classifier.
 
     Args:
-        model: gives one logit for two classes, else one a class.
+        model: gives one logit for two classes, else one a class, or a tuple of several such.
         classes: the names; a target is an index into them. Of two, the second is the positive one.
         class_weights: weight of each class in the loss; None for 1 each.
 
@@ -58,7 +40,7 @@ class BagTask:
         ValueError: for fewer than two classes, weights of another number or not positive.
     """
 
-    def __init__(self, model: BagModel, classes: Sequence[str], class_weights: Sequence[float] | None = None) -> None:
+    def __init__(self, model: SetModel, classes: Sequence[str], class_weights: Sequence[float] | None = None) -> None:
         if len(classes) < 2:
             raise ValueError(f"classes: got {list(classes)}, wanted at least two to tell apart")
         if class_weights is not None and (len(class_weights) != len(classes) or min(class_weights) <= 0):
@@ -69,7 +51,7 @@ class BagTask:
     @classmethod
     def of(cls, encoder: ChunkEncoder | Sweeps, head: nn.Module, *, classes: Sequence[str], grad: Any = None) -> BagTask:
         """A task from an encoder and a head."""
-        return cls(BagModel(encoder, head, grad), classes)
+        return cls(SetModel(encoder, head, grad), classes)
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         r"""Weighted cross-entropy :math:`-w_y \log p_y`, the mean over the streams of logits."""
@@ -83,8 +65,7 @@ class BagTask:
 
     def predict_encoding(self, encoding: Any) -> Tensor:
         """Class probabilities ``(C,)`` from the encoding of a set, wherever it was made."""
-        logits = self.model.head(encoding)
-        return self._normalised(logits if isinstance(logits, tuple) else (logits,))[0].exp()
+        return self._normalised(self.model.head(encoding))[0].exp()
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[int]) -> dict[str, float]:
         """The mean of the weighted log-loss, and `distset.report.bag_scores` at threshold 1/2 (AUROC and its kin)."""
@@ -100,12 +81,13 @@ class BagTask:
     def _log_probabilities(self, set: ChunkedSet, seed: int) -> list[Tensor]:
         return self._normalised(self.model(set, seed=seed))
 
-    def _normalised(self, streams: tuple[Tensor, ...]) -> list[Tensor]:
+    def _normalised(self, logits: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+        streams = logits if isinstance(logits, tuple) else (logits,)
         wanted = 1 if len(self.classes) == 2 else len(self.classes)
-        for logits in streams:
-            if logits.shape != (wanted,):
+        for stream in streams:
+            if stream.shape != (wanted,):
                 raise ValueError(
-                    f"model: gave logits of shape {tuple(logits.shape)} for one set, wanted ({wanted},) for the "
+                    f"model: gave logits of shape {tuple(stream.shape)} for one set, wanted ({wanted},) for the "
                     f"{len(self.classes)} classes {', '.join(self.classes)}"
                 )
         # One logit z is two, (0, z): their softmax is the sigmoid of z.
@@ -156,13 +138,13 @@ def bag_task(
     elif freeze == "backbone" and extractor is not None:
         extractor.requires_grad_(False)
     encoder = encoder if extractor is None else _inside(extractor, encoder)
-    task = BagTask(BagModel(encoder, head, build(grad, "grad")), classes, class_weights)
+    task = BagTask(SetModel(encoder, head, build(grad, "grad")), classes, class_weights)
     if start is not None:
         begin_with(task.model, start)
     return task
 
 
-def begin_with(model: BagModel, path: str) -> None:
+def begin_with(model: SetModel, path: str) -> None:
     """Take the weights of a checkpoint: of the same model, or of one trained on this backbone's features without it.
 
     Args:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distset.blocks import Mixture
-from distset.encode import encode_set
 from distset.encoders import ChunkEncoder
 from distset.seeds import seeded
 from distset.sets import ChunkedSet, InMemory
+from distset.tasks.set_models import SetModel
 from distset.train import Example, Parts
 
-__all__ = ["ClusteringModel", "ClusteringTask", "Truth", "clustering_task", "negative_log_likelihood", "to_mixture"]
+__all__ = ["ClusteringTask", "Truth", "clustering_task", "negative_log_likelihood", "to_mixture"]
 
 LEAST_VARIANCE = 1e-3
 Maker = Callable[..., tuple[ChunkEncoder, nn.Module]]
@@ -40,23 +40,6 @@ class Truth(NamedTuple):
     labels: Tensor
 
 
-class ClusteringModel(nn.Module):
-    """The mixture of a set.
-
-    Args:
-        encoder: of the points.
-        head: from the encoding to ``(*, K, 1 + 2 D)``: logit of the weight, mean, and variance before its softplus.
-        grad: the gradient strategy of `encode_set`; `Exact()` if None.
-    """
-
-    def __init__(self, encoder: ChunkEncoder, head: nn.Module, grad: Any = None) -> None:
-        super().__init__()
-        self.encoder, self.head, self.grad = encoder, head, grad
-
-    def forward(self, set: ChunkedSet, *, seed: int | None = None) -> Tensor:
-        return self.head(encode_set(self.encoder, set, grad=self.grad, seed=seed))
-
-
 class ClusteringTask:
     """Loss, prediction and metrics of amortized clustering.
 
@@ -65,7 +48,7 @@ class ClusteringTask:
         at_once: sets of a step that are encoded as one batch.
     """
 
-    def __init__(self, model: ClusteringModel, at_once: int = 10) -> None:
+    def __init__(self, model: SetModel, at_once: int = 10) -> None:
         self.model, self.at_once = model, at_once
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
@@ -144,7 +127,7 @@ def clustering_task(
     """
     with seeded(seed, torch.device("cpu")):
         encoder, head = model(dim=dim, components=components)
-    return ClusteringTask(ClusteringModel(encoder, head, grad), at_once)
+    return ClusteringTask(SetModel(encoder, head, grad), at_once)
 
 
 def _stacked(sets: Sequence[ChunkedSet]) -> InMemory:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from distset.encoders import ChunkEncoder
 from distset.report.set_figures import Curve, MixturePanel, plot_lines, plot_mixtures
 from distset.sets import InMemory
-from distset.tasks.clustering import ClusteringModel, Truth, negative_log_likelihood, to_mixture
+from distset.tasks.clustering import Truth, negative_log_likelihood, to_mixture
+from distset.tasks.set_models import SetModel
 from distset.tasks.streams import STREAMS, encodings, stream
 from distset.train import Example
 
@@ -17,7 +20,7 @@ __all__ = ["draw_clusterings", "draw_streams"]
 
 
 @torch.no_grad()
-def draw_clusterings(model: ClusteringModel, example: Example, path: Path, *, sets: int = 8) -> None:
+def draw_clusterings(model: SetModel, example: Example, path: Path, *, sets: int = 8) -> None:
     """The first sets of a group with the predicted mixtures."""
     truth: Truth = example.target
     few = Truth(truth.points[:sets], truth.labels[:sets])
@@ -28,17 +31,18 @@ def draw_clusterings(model: ClusteringModel, example: Example, path: Path, *, se
 
 
 @torch.no_grad()
-def draw_streams(model: ClusteringModel, example: Example, folder: Path, *, place: int = 0) -> None:
+def draw_streams(model: SetModel, example: Example, folder: Path, *, place: int = 0) -> None:
     """One set in the four streaming settings: what is found after a part of the pieces, and the NLL of the whole set after
     every piece (figures 2 and 8)."""
     points, labels = example.target.points[place], example.target.labels[place]
+    encoder = cast(ChunkEncoder, model.encoder)  # of one sweep
     panels: dict[tuple[int, str], MixturePanel] = {}
     curves = []
     for name in STREAMS:
         pieces = stream(name, labels)
         stops = [max(1, len(pieces) // 16), max(1, len(pieces) // 2), len(pieces)]
         losses, seen, share = [], torch.zeros(len(points), dtype=torch.bool), []
-        for count, encoding in enumerate(encodings(model.encoder, points, pieces), 1):
+        for count, encoding in enumerate(encodings(encoder, points, pieces), 1):
             raw = model.head(encoding.unsqueeze(0))[0]
             losses.append(float(negative_log_likelihood(to_mixture(raw), points)))
             seen[pieces[count - 1]] = True

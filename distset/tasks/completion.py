@@ -119,7 +119,7 @@ class CompletionTask:
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
         """The same over images; all of a batch get as many context pixels, each image its own."""
-        elements = torch.stack([next(iter(example.set.map(_elements))) for example in examples])
+        elements = torch.stack([example.set.whole().elements for example in examples])
         elements = elements.to(next(self.model.parameters()))
         random = generator_for(seed, "pixels")
         size = int(torch.randint(self.context[0], self.context[1] + 1, (), generator=random))
@@ -198,7 +198,3 @@ def completion_task(
 
 def _gather(elements: Tensor, places: Tensor) -> Tensor:
     return elements.gather(1, places.unsqueeze(-1).expand(*places.shape, elements.shape[-1]))
-
-
-def _elements(chunk: Any) -> Tensor:
-    return chunk.elements

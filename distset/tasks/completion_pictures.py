@@ -44,13 +44,9 @@ def _image(shape: Sequence[int], pixels: Tensor) -> Tensor:
 
 def _context_image(shape: Sequence[int], example: Example) -> Tensor:
     """The context's pixels ``(B, H W, C)``, nan where none is given."""
-    context = torch.cat(list(example.set.map(_elements)), 1)
+    context = example.set.whole().elements
     scale = torch.tensor([shape[0] - 1, shape[1] - 1]) / 2
     row, column = ((context[..., :2] + 1) * scale).round().long().unbind(-1)
     given = torch.full_like(example.target.values, torch.nan)
     place = (row * shape[1] + column).unsqueeze(-1).expand(*row.shape, given.shape[-1])
     return given.scatter(1, place, context[..., 2:])
-
-
-def _elements(chunk: Any) -> Tensor:
-    return chunk.elements

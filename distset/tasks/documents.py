@@ -14,32 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distset.encode import encode_set
 from distset.encoders import ChunkEncoder
 from distset.seeds import seeded
 from distset.sets import ChunkedSet
+from distset.tasks.set_models import SetModel
 from distset.train import Example
 
-__all__ = ["DocumentModel", "DocumentTask", "document_task"]
+__all__ = ["DocumentTask", "document_task"]
 
 Maker = Callable[..., tuple[ChunkEncoder, nn.Module]]
-
-
-class DocumentModel(nn.Module):
-    """Logits of a document.
-
-    Args:
-        encoder: of words, int64 ``(N, 1)``.
-        head: from the encoding to logits ``(C)``.
-        grad: the gradient strategy of `encode_set`; `Exact()` if None.
-    """
-
-    def __init__(self, encoder: ChunkEncoder, head: nn.Module, grad: Any = None) -> None:
-        super().__init__()
-        self.encoder, self.head, self.grad = encoder, head, grad
-
-    def forward(self, set: ChunkedSet, *, seed: int | None = None) -> Tensor:
-        return self.head(encode_set(self.encoder, set, grad=self.grad, seed=seed))
 
 
 class DocumentTask:
@@ -50,7 +33,7 @@ class DocumentTask:
         multi_label: any number of classes a document, each by a sigmoid; else one, by softmax.
     """
 
-    def __init__(self, model: DocumentModel, *, multi_label: bool) -> None:
+    def __init__(self, model: SetModel, *, multi_label: bool) -> None:
         self.model, self.multi_label = model, multi_label
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
@@ -94,4 +77,4 @@ def document_task(
     """
     with seeded(seed, torch.device("cpu")):
         encoder, head = model(words=words, outputs=len(classes))
-    return DocumentTask(DocumentModel(encoder, head, grad), multi_label=multi_label)
+    return DocumentTask(SetModel(encoder, head, grad), multi_label=multi_label)

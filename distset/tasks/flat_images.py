@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +18,12 @@ __all__ = ["negative_log_likelihood", "perceptron", "pixels", "stacked"]
 def pixels(images: ChunkedSet, model: nn.Module) -> Tensor:
     """The grey values ``(*, n)`` of an image or a group of them, where and as ``model`` keeps its parameters."""
     first = next(model.parameters())
-    elements = torch.cat(list(images.map(_elements)), -2)
-    return elements.squeeze(-1).to(first.device, first.dtype)
+    return images.whole().elements.squeeze(-1).to(first.device, first.dtype)
 
 
 def stacked(examples: Sequence[Example], model: nn.Module) -> Tensor:
     """Images ``(B, n)`` of examples, one or a group each."""
-    rows = [torch.cat(list(example.set.map(_elements)), -2).squeeze(-1) for example in examples]
+    rows = [example.set.whole().elements.squeeze(-1) for example in examples]
     first = next(model.parameters())
     return torch.cat([row.reshape(-1, row.shape[-1]) for row in rows]).to(first.device, first.dtype)
 
@@ -41,7 +39,3 @@ def perceptron(*widths: int) -> nn.Sequential:
 def negative_log_likelihood(logits: Tensor, images: Tensor) -> Tensor:
     """The binary cross-entropy of ``images (*, n)`` in [0, 1], pixel by pixel; grey values are targets as they are."""
     return F.binary_cross_entropy_with_logits(logits, images.expand_as(logits), reduction="none")
-
-
-def _elements(chunk: Any) -> Tensor:
-    return chunk.elements

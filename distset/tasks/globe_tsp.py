@@ -157,12 +157,8 @@ def perfect(found: Tensor, truth: Tensor) -> float:
 
 def _elements(set: ChunkedSet) -> Tensor:
     """The flags, with a batch dimension."""
-    (chunk,) = set.map(_whole)
-    return chunk.elements if set.batch_shape else chunk.elements.unsqueeze(0)
-
-
-def _whole(chunk: Any) -> Any:
-    return chunk
+    elements = set.whole().elements
+    return elements if set.batch_shape else elements.unsqueeze(0)
 
 
 def _noise(g: Tensor, generator: torch.Generator) -> Tensor:

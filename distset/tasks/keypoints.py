@@ -107,9 +107,5 @@ def matching_task(
 
 
 def _points(set: ChunkedSet) -> Tensor:
-    (chunk,) = set.map(_whole)
-    return chunk.elements if set.batch_shape else chunk.elements.unsqueeze(0)
-
-
-def _whole(chunk: Any) -> Any:
-    return chunk
+    points = set.whole().elements
+    return points if set.batch_shape else points.unsqueeze(0)

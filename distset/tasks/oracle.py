@@ -197,8 +197,7 @@ class OracleTask:
 
     def _elements(self, set: ChunkedSet) -> tuple[Tensor, Tensor | None]:
         first = next(self.model.parameters())
-        (chunk,) = list(set.map(_whole))
-        chunk = chunk.to(first.device, first.dtype)
+        chunk = set.whole().to(first.device, first.dtype)
         return chunk.elements, chunk.mask
 
 
@@ -244,13 +243,9 @@ def idiffmf_task(
     return OracleTask(OracleModel(published_utility(dim, nonlinear=nonlinear, context=context)), solve, negatives=1)
 
 
-def _whole(chunk: Any) -> Any:
-    return chunk
-
-
 def _joined(examples: Sequence[Example]) -> Example:
     """Batches of offers ``(B_i, N, *element)`` as one."""
-    chunks = [chunk for example in examples for chunk in example.set.map(_whole)]
+    chunks = [example.set.whole() for example in examples]
     elements = torch.cat([chunk.elements for chunk in chunks])
     masks = [
         torch.ones(chunk.elements.shape[:2], dtype=torch.bool) if chunk.mask is None else chunk.mask for chunk in chunks

@@ -68,14 +68,14 @@ class RetrievalTask:
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
         """`recall_loss` over all elements of the examples, each a query against the others."""
-        elements = torch.cat([_elements(example.set) for example in examples])
+        elements = torch.cat([example.set.whole().elements for example in examples])
         embedded = self.model(elements.to(next(self.model.parameters()).device))
         scores, relevant = _against_others(embedded, torch.cat([example.target for example in examples]))
         return recall_loss(scores, relevant, grad=self.grad, margin=self.margin)
 
     def predict(self, set: ChunkedSet) -> Tensor:
         """Unit vectors ``(N, D)``."""
-        return self.model(_elements(set).to(next(self.model.parameters()).device))
+        return self.model(set.whole().elements.to(next(self.model.parameters()).device))
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
         """Recall@1, @4, @16 of every element against all others, and the recall loss."""
@@ -98,11 +98,3 @@ def _against_others(embedded: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     classes = classes.to(embedded.device)
     same = classes.unsqueeze(1) == classes
     return (embedded @ embedded.T)[others].reshape(count, -1), same[others].reshape(count, -1)
-
-
-def _elements(set: ChunkedSet) -> Tensor:
-    return torch.cat(list(set.map(_of_chunk)))
-
-
-def _of_chunk(chunk: Any) -> Tensor:
-    return chunk.elements

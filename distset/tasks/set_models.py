@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from distset.blocks import PMA, SAB, DiffEM
-from distset.encoders import UMBC, ChunkEncoder, Features
+from distset.encode import encode_set
+from distset.encoders import UMBC, ChunkEncoder, Features, Sweeps
 from distset.encoders.pooling import accumulable
 from distset.seeds import generator_for
 from distset.sets import Chunk, ChunkedSet, InMemory
@@ -22,11 +23,29 @@ __all__ = [
     "FittedMixture",
     "LinearFeatures",
     "PerChunk",
+    "SetModel",
     "in_blocks",
     "partition_variance",
     "random_bounds",
     "slots_to_vector",
 ]
+
+
+class SetModel(nn.Module):
+    """A function of a set: what its encoding says.
+
+    Args:
+        encoder: of the elements, a `ChunkEncoder` or `Sweeps` of several.
+        head: from the encoding to the output.
+        grad: the gradient strategy of `encode_set`; `Exact()` if None.
+    """
+
+    def __init__(self, encoder: ChunkEncoder | Sweeps, head: nn.Module, grad: Any = None) -> None:
+        super().__init__()
+        self.encoder, self.head, self.grad = encoder, head, grad
+
+    def forward(self, set: ChunkedSet, *, seed: int | None = None) -> Any:
+        return self.head(encode_set(self.encoder, set, grad=self.grad, seed=seed))
 
 
 class PerChunk(ChunkEncoder):

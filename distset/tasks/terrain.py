@@ -108,14 +108,9 @@ class TerrainTask:
         plot_paths(self._pictures(example.set)[:6], example.target[1][:6], found[:6], folder / "paths.png")
 
     def _pictures(self, set: ChunkedSet) -> Tensor:
-        (chunk,) = set.map(_whole)
-        return chunk.elements.flatten(0, -4).to(next(self.model.parameters()).device)
+        return set.whole().elements.flatten(0, -4).to(next(self.model.parameters()).device)
 
 
 def terrain_task(*, grad: Strategy | None = None, width: int = 32, neighbours: int = 8) -> TerrainTask:
     """A task with a network of ``width`` channels; ``grad`` is `Identity()` if None."""
     return TerrainTask(CellCosts(width), grad or Identity(), ShortestPath(neighbours))
-
-
-def _whole(chunk: Any) -> Any:
-    return chunk

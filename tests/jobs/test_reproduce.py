@@ -9,10 +9,10 @@ import pytest
 from hydra import initialize_config_module
 
 from distset.reproduce import collect, measure, render
-from jobs.reproduce import TABLES, read_table
+from jobs.reproduce import TABLES, chosen_rows, read_table
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
-SETTINGS = {"rows": None, "short": False, "paths": dict.fromkeys(
+SETTINGS = {"short": False, "paths": dict.fromkeys(
     ("registry", "cells", "davis", "mnist", "fashion", "movies", "flags"), "data")}  # fmt: skip
 
 
@@ -29,19 +29,24 @@ def test_every_row_composes(name):
 
 def test_a_short_table_is_gathered_rendered_and_not_trained_twice(tmp_path):
     with initialize_config_module("conf", version_base="1.3"):
-        table = read_table("oracle_gaussian", {**SETTINGS, "rows": ["DiffMF"], "short": True})
-    gathered = collect(table, tmp_path / "runs", tmp_path / "results")
-    (row,) = gathered["rows"]
+        table = read_table("oracle_gaussian", {**SETTINGS, "short": True})
+    table = table._replace(rows=table.rows[:2])
+    gathered = collect(table, tmp_path / "runs", tmp_path / "results", rows=["DiffMF"])
+    row, other = gathered["rows"]
     (path,) = (tmp_path / "runs").rglob("metrics.json")
     assert row["values"]["jaccard"] == [json.loads(path.read_text())["test"]["jaccard"]]
     assert row["steps"] == [2, 2]
     before = path.stat().st_mtime_ns
-    assert collect(table, tmp_path / "runs", tmp_path / "results")["rows"] == [row]
+    assert collect(table, tmp_path / "runs", tmp_path / "results", rows=["DiffMF"])["rows"] == [row, other]
     assert path.stat().st_mtime_ns == before
+    assert collect(table, tmp_path / "runs", tmp_path / "results", rows=[])["rows"] == [row, other]  # nothing is forgotten
+    changed = table._replace(rows=[table.rows[0]._replace(command="python -m jobs.train other"), table.rows[1]])
+    assert collect(changed, tmp_path / "runs", tmp_path / "changed", rows=[])["rows"][0]["values"] == {}
     render(tmp_path / "results", tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert f"| DiffMF | {row['values']['jaccard'][0]:.4f} |" in page
     assert "missed by" in page or "reached" in page
+    assert "| EquiVSet_ind | – | – | – | 0.91 | not measured | 0 |" in page
 
 
 def test_benchmarks_are_measured_and_a_missed_bar_stands_as_missed(tmp_path, monkeypatch):
@@ -69,8 +74,7 @@ def test_the_page_is_what_the_gathered_figures_say(tmp_path):
 
 
 def test_unknown_rows_are_refused():
-    with (
-        initialize_config_module("conf", version_base="1.3"),
-        pytest.raises(ValueError, match="rows: oracle_moons has no X"),
-    ):
-        read_table("oracle_moons", {**SETTINGS, "rows": ["X"]})
+    with initialize_config_module("conf", version_base="1.3"):
+        table = read_table("oracle_moons", SETTINGS)
+    with pytest.raises(ValueError, match="rows: oracle_moons has no X"):
+        chosen_rows(table, ["X"])
