@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from distset.report.plots import new_axes, new_figure, save
@@ -22,11 +24,8 @@ def plot_tours(lonlat: Tensor, truth: Tensor, found: Tensor, path: Path) -> None
         truth, found: adjacency ``(B, k, k)``.
         path: of the PNG.
     """
-    columns = min(3, len(truth))
-    rows = -(-len(truth) // columns)
-    figure = new_figure(4.4 * columns, 2.6 * rows)
-    for index in range(len(truth)):
-        axes = new_axes(figure, (rows, columns, index + 1))
+    figure, panels = _panels(len(truth), 4.4, 2.6)
+    for index, axes in enumerate(panels):
         places = lonlat[index].numpy()
         for tour, color, style, width in ((truth, TRUE, "-", 3.0), (found, FOUND, "--", 1.4)):
             for a, b in np.argwhere(np.triu(tour[index].numpy() + tour[index].numpy().T) > 0):
@@ -49,11 +48,8 @@ def plot_paths(pictures: Tensor, truth: Tensor, found: Tensor, path: Path) -> No
         truth, found: paths over cells, ``(B, H, W)``.
         path: of the PNG.
     """
-    columns = min(3, len(truth))
-    rows = -(-len(truth) // columns)
-    figure = new_figure(3.0 * columns, 3.1 * rows)
-    for index in range(len(truth)):
-        axes = new_axes(figure, (rows, columns, index + 1))
+    figure, panels = _panels(len(truth), 3.0, 3.1)
+    for index, axes in enumerate(panels):
         axes.imshow(pictures[index].permute(1, 2, 0).cpu().numpy())
         cell = pictures.shape[-1] / truth.shape[-1]
         for cells, color, size in ((truth, TRUE, 60), (found, FOUND, 16)):
@@ -72,11 +68,8 @@ def plot_matches(first: Tensor, second: Tensor, truth: Tensor, found: Tensor, pa
         truth, found: ``(B, n, m)``.
         path: of the PNG.
     """
-    columns = min(3, len(first))
-    rows = -(-len(first) // columns)
-    figure = new_figure(4.2 * columns, 2.4 * rows)
-    for index in range(len(first)):
-        axes = new_axes(figure, (rows, columns, index + 1))
+    figure, panels = _panels(len(first), 4.2, 2.4)
+    for index, axes in enumerate(panels):
         left, right = first[index].numpy(), second[index].numpy() + np.array([3.5, 0])
         axes.scatter(left[:, 0], left[:, 1], s=14, color="black")
         axes.scatter(right[:, 0], right[:, 1], s=14, color="black")
@@ -85,3 +78,11 @@ def plot_matches(first: Tensor, second: Tensor, truth: Tensor, found: Tensor, pa
             axes.plot(*np.stack([left[a], right[b]]).T, color=color, lw=1.2, alpha=0.8)
         axes.set_axis_off()
     save(figure, path)
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels of so many inches, up to three in a row."""
+    columns = min(3, count)
+    rows = -(-count // columns)
+    figure = new_figure(width * columns, height * rows)
+    return figure, [new_axes(figure, (rows, columns, index + 1)) for index in range(count)]

@@ -1,6 +1,7 @@
 """One small Ray for all tests that need it."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ def cluster():
         log_to_driver=False,
         logging_level="ERROR",
         ignore_reinit_error=True,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},  # classes of tests travel by name
     )
     yield ray
     ray.shutdown()

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo import run_distributed_test
+from shared_sets import DIM, GRADS, encoders, step
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distset import UMBC, DeepSets, Exact, Features, InMemory, Sampled, encode_set
+from distset import Exact, InMemory, Sampled, encode_set
 from distset.cluster.config import Cluster
 from distset.cluster.group_set import GroupSet, SetGroup
 from distset.cluster.world import ClusterWorld, check_sharing, open_world
@@ -23,28 +24,8 @@ from distset.tasks.bags import BagTask
 from distset.train import Example, Plan, fit, predict_all
 from distset.world import current_world, use_world
 
-DIM, SIZE, CHUNK, RANKS = 5, 200, 16, 4  # 13 chunks
-GRADS = {"exact": Exact(), "sampled": Sampled(1), "three": Sampled(3), "weighted": Sampled(2, "weighted")}
+SIZE, CHUNK, RANKS = 200, 16, 4  # 13 chunks
 PLAN = Plan(epochs=2, batch=5, seed=7, log_every=2, evaluate_every=3)
-
-
-def encoders() -> dict[str, nn.Module]:
-    torch.manual_seed(1)
-    mlp = nn.Sequential(nn.Linear(DIM, 6), nn.Tanh(), nn.Dropout(0.3))
-    zoo = {
-        "umbc": UMBC(DIM, 3, random_slots=True, residual=True),
-        "dropout-umbc": Features(mlp, UMBC(6, 2)),
-        "deepsets": DeepSets(nn.Sequential(nn.Linear(DIM, 6), nn.Tanh()), "mean"),
-        "max": DeepSets(nn.Sequential(nn.Linear(DIM, 6), nn.Tanh()), "max"),
-    }
-    return {name: encoder.double() for name, encoder in zoo.items()}
-
-
-def step(encoder: nn.Module, set_, grad) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    encoder.zero_grad()
-    z = encode_set(encoder, set_, grad=grad, seed=3)
-    (z.sin() * torch.linspace(0.5, 1.5, z.numel(), dtype=z.dtype).view_as(z)).sum().backward()
-    return z.detach(), [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in encoder.parameters()]
 
 
 def memory(size: int = SIZE) -> InMemory:
