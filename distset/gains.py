@@ -2,9 +2,9 @@ r"""Expected marginal gains of all elements of an offer, three ways, each with a
 
 An estimator is started once for an offer and a solve, ``estimator.start(utility, elements, mask, generator)``: it embeds the
 elements and fixes its draws. What it gives back maps logits of psi ``(*, N)`` to `Gains`, deterministically, so that a
-fixed point exists.
+fixed point exists. Given ``places (*, C)``, it finds the gains of those elements alone: a last step needs no others.
 
-Shapes: ``*`` batch of offers, ``N`` elements, ``M`` draws, ``D`` width of an element's code.
+Shapes: ``*`` batch of offers, ``N`` elements, ``M`` draws, ``D`` width of an element's code, ``C`` places.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ class Gains(NamedTuple):
     """Expected marginal gains with the rows they are the mean of.
 
     Attributes:
-        mean: ``(*, N)``.
-        rows: ``(*, M, N)``, row m times the root of its weight, so that ``mean`` is the roots' product with ``rows``.
+        mean: ``(*, N)``, or ``(*, C)`` at places.
+        rows: ``(*, M, N)`` or ``(*, M, C)``, row m times the root of its weight, so that ``mean`` is the roots' product with
+            ``rows``.
         log_prob: ``(*, M)`` of the draws, where a statistic of the rows has its derivative in psi through their
             probabilities (the mean has its own); None where the rows themselves are smooth in psi.
     """
@@ -45,7 +46,12 @@ class GainsEstimator(Protocol):
     """How expected gains are found: `Enumerated`, `Drawn`, `Smoothed`, or yours."""
 
     def start(
-        self, utility: SetFunction, elements: Tensor, mask: Tensor | None, generator: torch.Generator | None = None
+        self,
+        utility: SetFunction,
+        elements: Tensor,
+        mask: Tensor | None,
+        generator: torch.Generator | None = None,
+        places: Tensor | None = None,
     ) -> Estimator: ...
 
 
@@ -53,7 +59,12 @@ class Enumerated:
     """Exact gains from all 2^N subsets, for N of at most 16: the multilinear extension itself."""
 
     def start(
-        self, utility: SetFunction, elements: Tensor, mask: Tensor | None, generator: torch.Generator | None = None
+        self,
+        utility: SetFunction,
+        elements: Tensor,
+        mask: Tensor | None,
+        generator: torch.Generator | None = None,
+        places: Tensor | None = None,
     ) -> Estimator:
         n = elements.shape[-getattr(utility, "element_ndim", 1) - 1]
         if n > 16:
@@ -64,7 +75,7 @@ class Enumerated:
         batch = elements.shape[: -getattr(utility, "element_ndim", 1) - 1]
         values_S = utility(elements, subsets_SN.to(elements.dtype).expand(*batch, -1, -1), mask)
         with_i, without_i = codes.unsqueeze(-1) | (1 << bits), codes.unsqueeze(-1) & ~(1 << bits)
-        rows_SN = values_S[..., with_i] - values_S[..., without_i]
+        rows_SN = _at(values_S[..., with_i] - values_S[..., without_i], places)
 
         def gains(logits: Tensor) -> Gains:
             log_q = _log_prob(logits.unsqueeze(-2), subsets_SN, mask).sum(-1)
@@ -107,10 +118,15 @@ class Drawn:
         self.samples, self.derivative = samples, derivative
 
     def start(
-        self, utility: SetFunction, elements: Tensor, mask: Tensor | None, generator: torch.Generator | None = None
+        self,
+        utility: SetFunction,
+        elements: Tensor,
+        mask: Tensor | None,
+        generator: torch.Generator | None = None,
+        places: Tensor | None = None,
     ) -> Estimator:
         uniform = _numbers(torch.rand, utility, elements, self.samples, generator)
-        at = _gains_at(utility, elements, mask)
+        at = _gains_at(utility, elements, mask, places)
 
         def gains(logits: Tensor) -> Gains:
             inside = uniform < torch.sigmoid(logits.detach()).unsqueeze(-2)
@@ -122,7 +138,9 @@ class Drawn:
             log_probs = _log_prob(logits.unsqueeze(-2), inside, mask)
             log_prob = log_probs.sum(-1)
             if self.derivative == "score":
-                slope = self._score(rows.detach(), log_prob.unsqueeze(-1) - log_probs)
+                slope = self._score(rows.detach(), log_prob.unsqueeze(-1) - _at(log_probs, places))
+            elif places is not None:
+                raise ValueError("places: second differences are taken for all elements; use derivative='score' or None")
             else:
                 slope = _SecondDifferences.apply(torch.sigmoid(logits), at, inside)
             return Gains((rows + slope).mean(-2), rows / self.samples**0.5, log_prob)
@@ -162,7 +180,12 @@ class Smoothed:
         self.samples = samples
 
     def start(
-        self, utility: SetFunction, elements: Tensor, mask: Tensor | None, generator: torch.Generator | None = None
+        self,
+        utility: SetFunction,
+        elements: Tensor,
+        mask: Tensor | None,
+        generator: torch.Generator | None = None,
+        places: Tensor | None = None,
     ) -> Estimator:
         if not isinstance(utility, SumUtility):
             raise ValueError(
@@ -170,11 +193,11 @@ class Smoothed:
             )
         normal = _numbers(torch.randn, utility, elements, self.samples, generator)
         h_ND = utility.embed(elements, mask)
-        total = utility.total(h_ND)
+        total, h_CD = utility.total(h_ND), _rows_at(h_ND, places)
 
         def gains(logits: Tensor) -> Gains:
             soft = soft_subset(logits, normal, mask)
-            rows = utility.gains_of_sums(h_ND, soft @ h_ND, soft, total)
+            rows = utility.gains_of_sums(h_CD, soft @ h_ND, _at(soft, places), total)
             return Gains(rows.mean(-2), rows / self.samples**0.5, None)
 
         return gains
@@ -214,13 +237,27 @@ class _SecondDifferences(torch.autograd.Function):
         return torch.stack(parts, -1), None, None
 
 
-def _gains_at(utility: SetFunction, elements: Tensor, mask: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _gains_at(
+    utility: SetFunction, elements: Tensor, mask: Tensor | None, places: Tensor | None
+) -> Callable[[Tensor], Tensor]:
     """Hard subsets -> gains, with the elements' codes computed once."""
     if not isinstance(utility, SumUtility):
-        return lambda inside: utility.gains(elements, inside, mask)
+        return lambda inside: _at(utility.gains(elements, inside, mask), places)
     h_ND = utility.embed(elements, mask)
-    total = utility.total(h_ND)
-    return lambda inside: utility.gains_of_sums(h_ND, inside.to(h_ND.dtype) @ h_ND, inside, total)
+    total, h_CD = utility.total(h_ND), _rows_at(h_ND, places)
+    return lambda inside: utility.gains_of_sums(h_CD, inside.to(h_ND.dtype) @ h_ND, _at(inside, places), total)
+
+
+def _at(values: Tensor, places: Tensor | None) -> Tensor:
+    """Of ``(*, M, N)`` the elements at ``places (*, C)``."""
+    if places is None:
+        return values
+    return values.gather(-1, places.unsqueeze(-2).expand(*values.shape[:-1], places.shape[-1]))
+
+
+def _rows_at(h_ND: Tensor, places: Tensor | None) -> Tensor:
+    """Of ``(*, N, D)`` the elements at ``places (*, C)``."""
+    return h_ND if places is None else h_ND.gather(-2, places.unsqueeze(-1).expand(*places.shape, h_ND.shape[-1]))
 
 
 def _log_prob(logits: Tensor, inside: Tensor, mask: Tensor | None) -> Tensor:

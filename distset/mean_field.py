@@ -151,21 +151,32 @@ def field_step(
     scale: Scale | None = None,
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    places: Tensor | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """The map from logits to logits whose fixed point `mean_field` finds; arguments as there."""
+    """The map from logits to logits whose fixed point `mean_field` finds; arguments as there.
+
+    With ``places`` int64 ``(*, C)`` it gives the logits of these elements alone, ``(*, C)``, at the cost of C of N: the
+    last one of a few unrolled steps, in training on some of the elements.
+
+    Raises:
+        ValueError: as `mean_field`; for places with a scale that takes the norm over all elements.
+    """
+    if places is not None and not isinstance(scale, Constant | None):
+        raise ValueError(f"places: got a scale {scale!r}, which takes the norm over all gains; use Constant(), or no places")
     check_elements(elements, mask, getattr(utility, "element_ndim", 1))
     if gains is None:
         gains = Smoothed() if isinstance(utility, SumUtility) else Drawn()
-    estimate = gains.start(utility, elements, mask, generator)
+    estimate = gains.start(utility, elements, mask, generator, places)
     scaling = Constant() if scale is None else scale
     n = elements.shape[-getattr(utility, "element_ndim", 1) - 1]
     size = torch.tensor(float(n), device=elements.device) if mask is None else mask.sum(-1)
+    inside = mask if mask is None or places is None else mask.gather(-1, places)
 
     def step(logits: Tensor) -> Tensor:
         found = estimate(logits)
-        if mask is not None:
+        if inside is not None:
             found = found._replace(
-                mean=found.mean.masked_fill(~mask, 0.0), rows=found.rows.masked_fill(~mask.unsqueeze(-2), 0.0)
+                mean=found.mean.masked_fill(~inside, 0.0), rows=found.rows.masked_fill(~inside.unsqueeze(-2), 0.0)
             )
         return scaling(found, size)
 

@@ -89,6 +89,28 @@ def test_negatives_beside_the_chosen_count_as_often_as_asked():
     assert (task._counted(chosen, mask, seed=1).sum(-1) == 10).all()
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("make", [diffmf_task, equivset_task])
+def test_the_last_step_at_counted_elements_is_the_whole_step_there(make, steps):
+    """Values and gradients, also with padding."""
+    x = torch.randn(4, 9, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(9) < torch.tensor([[9], [9], [7], [6]])
+    chosen = torch.zeros(4, 9, dtype=torch.bool)
+    chosen[:, :2] = chosen[1, 3] = True
+    torch.manual_seed(2)
+    task = make(2, steps=steps, samples=3)
+    task.model.double()
+    example = Example(InMemory(x, mask=mask), chosen)
+    loss = task.loss(example, seed=5)
+    gradient = torch.autograd.grad(loss, list(task.model.utility.parameters()))
+    whole = oracle_loss(task._logits(x, mask, 5), chosen, task._counted(chosen, mask, 5))
+    if task.model.recognition is not None:
+        whole = whole - task._bound(x, mask, 5).mean()
+    torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
+    expected = torch.autograd.grad(whole, list(task.model.utility.parameters()))
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_what_cannot_be_is_said():
     offer = Example(InMemory(torch.randn(9, 2), chunk_size=4), torch.arange(3))
     with pytest.raises(ValueError, match=r"set: .* has several chunks, which are solved with Smoothed"):

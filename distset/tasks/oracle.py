@@ -22,7 +22,7 @@ from distset.choose import by_size, by_threshold, overlap
 from distset.fixed_point import FixedPointWarning, Implicit, Iteration, OneStep, Solution, Stop, Unrolled
 from distset.gains import Drawn, GainsEstimator, Smoothed
 from distset.large_offers import offer_logits, offer_loss, solve_offer
-from distset.mean_field import L2, Constant, Scale, mean_field, oracle_loss
+from distset.mean_field import L2, Constant, Scale, field_step, mean_field, oracle_loss
 from distset.offers import check_offer
 from distset.seeds import generator_for, seed_for
 from distset.set_functions import Independent, SetFunction, SumUtility, elbo, published_recognition, published_utility
@@ -78,7 +78,7 @@ class OracleTask:
         elements, mask = self._elements(example.set)
         chosen = example.target.to(elements.device)
         check_offer(elements, chosen, mask, element_ndim=getattr(self.model.utility, "element_ndim", 1))
-        loss = oracle_loss(self._logits(elements, mask, seed), chosen, self._counted(chosen, mask, seed))
+        loss = self._cross_entropy(elements, mask, chosen, seed)
         if self.model.recognition is None:
             return loss
         return loss - self._bound(elements, mask, seed).mean()
@@ -145,18 +145,37 @@ class OracleTask:
             images = elements[:6].unflatten(-1, (channels, side, side))
             plot_chosen_images(images, truth[:6], found[:6], folder / "chosen.png")
 
+    def _cross_entropy(self, elements: Tensor, mask: Tensor | None, chosen: Tensor, seed: int) -> Tensor:
+        """`oracle_loss` of the elements that count; where a few steps are unrolled, the last one is taken at those alone."""
+        counted, how = self._counted(chosen, mask, seed), self.solve
+        elementwise = how.iteration is None and isinstance(how.scale, Constant | None)
+        if counted is None or self.negatives is None or not (elementwise and isinstance(how.grad, Unrolled)):
+            return oracle_loss(self._logits(elements, mask, seed), chosen, counted)
+        before = self._start(elements, mask)
+        if how.grad.steps > 1:
+            before = self._field(elements, mask, seed, how._replace(grad=Unrolled(how.grad.steps - 1))).value
+        elif before is None:
+            before = torch.zeros(chosen.shape, dtype=elements.dtype, device=elements.device)
+        places = torch.argsort(counted.int(), dim=-1, descending=True, stable=True)[..., : int(counted.sum(-1).max())]
+        last = field_step(
+            self.model.utility, elements, gains=how.gains, scale=how.scale, mask=mask,
+            generator=generator_for(seed, "draws"), places=places,
+        )  # fmt: skip
+        return oracle_loss(last(before), chosen.gather(-1, places), counted.gather(-1, places))
+
     def _logits(self, elements: Tensor, mask: Tensor | None, seed: int) -> Tensor:
         return self._field(elements, mask, seed, self.solve).value
 
     def _field(self, elements: Tensor, mask: Tensor | None, seed: int, how: Solve) -> Solution:
-        start = None
-        if self.model.recognition is not None:
-            with torch.no_grad():
-                start = self.model.recognition(elements).masked(mask).logits
         return mean_field(
             self.model.utility, elements, gains=how.gains, scale=how.scale, grad=how.grad, iteration=how.iteration,
-            stop=how.stop, start=start, mask=mask, generator=generator_for(seed, "draws"),
+            stop=how.stop, start=self._start(elements, mask), mask=mask, generator=generator_for(seed, "draws"),
         )  # fmt: skip
+
+    @torch.no_grad()
+    def _start(self, elements: Tensor, mask: Tensor | None) -> Tensor | None:
+        recognition = self.model.recognition
+        return None if recognition is None else recognition(elements).masked(mask).logits
 
     def _bound(self, elements: Tensor, mask: Tensor | None, seed: int) -> Tensor:
         assert self.model.recognition is not None

@@ -187,6 +187,23 @@ def test_the_norm_of_drawn_rows_has_an_unbiased_derivative():
     assert_mean(slopes, wanted)
 
 
+@pytest.mark.parametrize("estimator", [Enumerated(), Drawn(3), Drawn(3, derivative=None), Smoothed(4)], ids=repr)
+def test_gains_at_places_are_those_of_all_at_places(estimator):
+    """With their derivatives in psi and in the parameters."""
+    utility, elements = small(4, n=6, sets=3)
+    logits = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    places = torch.tensor([[4, 1], [0, 5], [2, 3]])
+    found = []
+    for at in (None, places):
+        gains = field_step(utility, elements, gains=estimator, scale=Constant(0.7), places=at)(logits)
+        gains = gains.gather(-1, places) if at is None else gains
+        slopes = torch.autograd.grad(gains.sin().sum(), [logits, *utility.parameters()], allow_unused=True)
+        found.append([gains, *(slope for slope in slopes if slope is not None)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-11, atol=1e-13)
+    with pytest.raises(ValueError, match="places: got a scale L2"):
+        field_step(utility, elements, gains=estimator, scale=L2(), places=places)
+
+
 def poisson_binomial(psi):
     pmf = torch.ones(1, dtype=torch.float64)
     for p in psi:
