@@ -25,7 +25,15 @@ from distset.data.schema import need
 from distset.offers import Offers
 from distset.seeds import seed_for
 
-__all__ = ["RegistryParts", "convert_features", "cooccurrence", "read_features", "read_registries", "registry_offers"]
+__all__ = [
+    "RegistryParts",
+    "convert_features",
+    "cooccurrence",
+    "factors",
+    "read_features",
+    "read_registries",
+    "registry_offers",
+]
 
 RULES = ("random", "least-similar")
 
@@ -81,12 +89,33 @@ def cooccurrence(registries: Sequence[Sequence[int]], items: int) -> Tensor:
     return torch.tensor(np.where(together > 0, pmi.clip(0), 0.0), dtype=torch.float32)
 
 
+def factors(registries: Sequence[Sequence[int]], items: int, rank: int = 16) -> Tensor:
+    r"""Features of items from what *these* registries hold together: how popular each is, and factors of the pairs' lift.
+
+    Of n registries :math:`n_i` have item i and :math:`n_{ij}` have both i and j. Features are :math:`\log(1 + n_i)`,
+    standardised, and ``rank`` eigenvectors of :math:`L_{ij} = \log((n_{ij} + 1) / (n_i n_j / n + 1))`, each times the root
+    of its absolute eigenvalue: ``(M, 1 + rank)``, few enough to learn from some thousand registries what goes together.
+    """
+    together, count = np.zeros((items, items)), np.zeros(items)
+    for ids in registries:
+        together[np.ix_(ids, ids)] += 1
+        count[ids] += 1
+    lift = np.log((together + 1) / (np.outer(count, count) / len(registries) + 1))
+    np.fill_diagonal(lift, 0)
+    values, vectors = np.linalg.eigh(lift)
+    largest = np.argsort(-np.abs(values))[:rank]
+    popular = np.log1p(count)
+    popular = (popular - popular.mean()) / max(popular.std(), 1e-9)
+    scaled = vectors[:, largest] * np.sqrt(np.abs(values[largest]))
+    return torch.tensor(np.column_stack([popular, scaled]), dtype=torch.float32)
+
+
 def registry_offers(
     registries: Sequence[Sequence[int]],
     *,
     rest: str,
     size: int = 30,
-    features: Tensor | str = "cooccurrence",
+    features: Tensor | str = "factors",
     fold: int = 0,
     seed: int = 0,
 ) -> RegistryParts:
@@ -95,9 +124,10 @@ def registry_offers(
     Args:
         registries: of `read_registries`.
         rest: how the items beside S* are found: ``"random"`` (the paper's text) or ``"least-similar"`` (the authors'
-            code: lowest cosine to the mean of the chosen items' features).
+            code: lowest cosine to the mean of the chosen items' features; for "factors", of their co-occurrence).
         size: N, 30 as published.
-        features: of the items ``(M, D)``; ``"cooccurrence"`` of the training third, or ``"ids"`` for one-hot vectors.
+        features: of the items ``(M, D)``; `factors` or `cooccurrence` of the training third by name; ``"ids"`` for
+            one-hot vectors.
         fold: 0, 1 or 2; the thirds change places. The order of the registries is shuffled by ``seed`` first (the
             published split follows the file).
         seed: of the order and the offers.
@@ -114,7 +144,8 @@ def registry_offers(
     thirds = np.array_split(order, 3)
     parts = [[list(registries[i]) for i in thirds[(fold + k) % 3]] for k in range(3)]
     codes = _features(features, parts[0], items)
-    offers = [_offers(ids, codes, rest, size, seed_for(seed, "offer", fold, k)) for k, ids in enumerate(parts)]
+    likeness = cooccurrence(parts[0], items) if isinstance(features, str) and features == "factors" else codes
+    offers = [_offers(ids, codes, likeness, rest, size, seed_for(seed, "offer", fold, k)) for k, ids in enumerate(parts)]
     counts = torch.bincount(torch.tensor([i for ids in parts[0] for i in ids]), minlength=items).float()
     train, val, test = (own._replace(rule=f"registry, rest {rest}") for own, _ in offers)
     return RegistryParts(train, val, test, counts[offers[2][1]])
@@ -158,16 +189,19 @@ class _NumbersOnly(pickle.Unpickler):
         )
 
 
-def _offers(parts: list[list[int]], codes: Tensor, rest: str, size: int, seed: int) -> tuple[Offers, Tensor]:
-    normed = torch.nn.functional.normalize(codes, dim=-1)
+def _offers(
+    parts: list[list[int]], codes: Tensor, likeness: Tensor, rest: str, size: int, seed: int
+) -> tuple[Offers, Tensor]:
+    """Offers of ``codes``, their rest by ``likeness``; and which items they are."""
+    normed = torch.nn.functional.normalize(likeness, dim=-1)
     offered, chosen = torch.empty(len(parts), size, dtype=torch.int64), torch.zeros(len(parts), size, dtype=torch.bool)
     for b, ids in enumerate(parts):
         rng = np.random.default_rng(seed_for(seed, b))
-        others = np.setdiff1d(np.arange(len(codes)), ids)
+        others = np.setdiff1d(np.arange(len(likeness)), ids)
         if rest == "random":
             others = rng.choice(others, size - len(ids), replace=False)
         else:
-            mean = torch.nn.functional.normalize(codes[ids].mean(0), dim=-1)
+            mean = torch.nn.functional.normalize(likeness[ids].mean(0), dim=-1)
             others = others[np.argsort((normed[others] @ mean).numpy(), kind="stable")[: size - len(ids)]]
         places = rng.permutation(size)
         row = torch.tensor(np.concatenate([ids, others]))
@@ -181,9 +215,10 @@ def _features(features: Tensor | str, train: list[list[int]], items: int) -> Ten
         if len(features) < items:
             raise ValueError(f"features: got {len(features)} rows for {items} items, wanted one each")
         return features
-    if features not in ("cooccurrence", "ids"):
-        raise ValueError(f"features: got {features!r}, wanted a tensor (M, D), 'cooccurrence' or 'ids'")
-    return cooccurrence(train, items) if features == "cooccurrence" else torch.eye(items)
+    if features not in ("factors", "cooccurrence", "ids"):
+        raise ValueError(f"features: got {features!r}, wanted a tensor (M, D), 'factors', 'cooccurrence' or 'ids'")
+    made = {"factors": factors, "cooccurrence": cooccurrence}
+    return made[features](train, items) if features in made else torch.eye(items)
 
 
 def _refuse_pickle(path: Path) -> None:

@@ -42,10 +42,10 @@ def moons(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0) ->
     return _parts(made, {"dim": 2})
 
 
-def registry(path: str, rest: str, *, features: str = "cooccurrence", size: int = 30, fold: int = 0, seed: int = 0) -> Parts:
+def registry(path: str, rest: str, *, features: str = "factors", size: int = 30, fold: int = 0, seed: int = 0) -> Parts:
     """A baby registry's thirds; ``rest`` is the rule for what else was offered, see `distset.data.registry`.
 
-    ``features``: ``"cooccurrence"``, ``"ids"``, or the path of a Parquet file that `convert_features` wrote.
+    ``features``: ``"factors"``, ``"cooccurrence"``, ``"ids"``, or the path of a Parquet file that `convert_features` wrote.
     """
     codes: Tensor | str = read_features(features) if features.endswith(".parquet") else features
     thirds = registry_offers(read_registries(path), rest=rest, size=size, features=codes, fold=fold, seed=seed)

@@ -231,20 +231,25 @@ class _Frozen(SetFunction):
         return functional_call(*self._parts, (elements, subsets, mask))
 
 
-def diffmf_task(dim: int, *, nonlinear: bool = False, context: bool = False, steps: int = 1, samples: int = 5) -> OracleTask:
+def diffmf_task(
+    dim: int, *, nonlinear: bool = False, context: bool = False, width: int = 256, hidden: int = 500, steps: int = 1,
+    samples: int = 5,
+) -> OracleTask:  # fmt: skip
     """DiffMF as published: K unrolled steps from 0.5 over hard draws, |S*| negatives."""
-    utility = published_utility(dim, nonlinear=nonlinear, context=context)
+    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden)
     solve = Solve(gains=Drawn(samples, derivative=None), grad=Unrolled(steps))
     return OracleTask(OracleModel(utility), solve, negatives=1)
 
 
 def equivset_task(
-    dim: int, *, rank: int = 0, nonlinear: bool = False, context: bool = False, steps: int = 1, samples: int = 5
-) -> OracleTask:
+    dim: int, *, rank: int = 0, nonlinear: bool = False, context: bool = False, width: int = 256, hidden: int = 500,
+    steps: int = 1, samples: int = 5,
+) -> OracleTask:  # fmt: skip
     """EquiVSet_ind, or with a ``rank`` EquiVSet_copula, as published: DiffMF from a recognition network's guess."""
-    utility = published_utility(dim, nonlinear=nonlinear, context=context)
+    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden)
     solve = Solve(gains=Drawn(samples, derivative=None), grad=Unrolled(steps))
-    return OracleTask(OracleModel(utility, published_recognition(dim, rank=rank)), solve, negatives=1, samples=samples)
+    recognition = published_recognition(dim, rank=rank, width=width, hidden=hidden)
+    return OracleTask(OracleModel(utility, recognition), solve, negatives=1, samples=samples)
 
 
 def idiffmf_task(
@@ -253,13 +258,16 @@ def idiffmf_task(
     scale: Scale | None = None,
     nonlinear: bool = False,
     context: bool = False,
+    width: int = 256,
+    hidden: int = 500,
     gains: GainsEstimator | None = None,
     iteration: Iteration | None = None,
     stop: Stop | None = None,
 ) -> OracleTask:
     """iDiffMF: the fixed point with its implicit gradient; ``scale`` is `L2()` (default), `Nuclear()` or `Constant(c)`."""
     solve = Solve(gains or Smoothed(5), L2() if scale is None else scale, Implicit(), iteration, stop)
-    return OracleTask(OracleModel(published_utility(dim, nonlinear=nonlinear, context=context)), solve, negatives=1)
+    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden)
+    return OracleTask(OracleModel(utility), solve, negatives=1)
 
 
 def _joined(examples: Sequence[Example]) -> Example:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distset.choose import by_size, overlap
-from distset.data.registry import convert_features, cooccurrence, read_features, read_registries, registry_offers
+from distset.data.registry import convert_features, cooccurrence, factors, read_features, read_registries, registry_offers
 from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, moons_offers
 from distset.offers import check_offer
 
@@ -101,6 +101,24 @@ def test_cooccurrence_looks_at_its_registries_alone():
     assert features[0, 1] > 0
     assert features[0, 2] == 0
     assert (features[4] == 0).all()
+
+
+def test_factors_give_back_the_lift_of_pairs_and_look_at_their_registries_alone():
+    registries = [[0, 1], [0, 1], [0, 2], [2, 3], [1]]
+    features = factors(registries, 5, rank=5)
+    count = torch.tensor([3.0, 3.0, 2.0, 1.0, 0.0])
+    popular = torch.log1p(count)
+    torch.testing.assert_close(features[:, 0], (popular - popular.mean()) / popular.std(correction=0))
+    together = torch.zeros(5, 5)
+    for i, j, times in ((0, 1, 2), (0, 2, 1), (2, 3, 1)):
+        together[i, j] = together[j, i] = times
+    lift = ((together + 1) / (count.outer(count) / 5 + 1)).log().fill_diagonal_(0)
+    scaled = features[:, 1:]
+    squared = scaled.square().sum(0)  # |eigenvalue|; the sign is that of the quadratic form
+    signs = torch.sign((scaled * (lift @ scaled)).sum(0))
+    torch.testing.assert_close(scaled * signs @ scaled.T, lift, atol=1e-5, rtol=0)
+    assert (squared[:-1] >= squared[1:] - 1e-6).all()
+    assert factors(registries, 5, rank=2).shape == (5, 3)
 
 
 def test_pickles_are_refused_and_converted_without_running_them(tmp_path):
