@@ -10,6 +10,7 @@ Shapes: ``*`` batch of offers, ``N`` elements, ``M`` draws, ``D`` width of an el
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from distset.set_functions import SetFunction, SumUtility
 
-__all__ = ["Drawn", "Enumerated", "Gains", "GainsEstimator", "Smoothed", "soft_subset"]
+__all__ = ["Drawn", "Enumerated", "Gains", "GainsEstimator", "Smoothed", "soft_subset", "started"]
 
 
 class Gains(NamedTuple):
@@ -43,7 +44,7 @@ Estimator = Callable[[Tensor], Gains]
 
 
 class GainsEstimator(Protocol):
-    """How expected gains are found: `Enumerated`, `Drawn`, `Smoothed`, or yours."""
+    """How expected gains are found: `Enumerated`, `Drawn`, `Smoothed`, or yours, also without ``places``."""
 
     def start(
         self,
@@ -53,6 +54,28 @@ class GainsEstimator(Protocol):
         generator: torch.Generator | None = None,
         places: Tensor | None = None,
     ) -> Estimator: ...
+
+
+def started(
+    gains: GainsEstimator,
+    utility: SetFunction,
+    elements: Tensor,
+    mask: Tensor | None,
+    generator: torch.Generator | None = None,
+    places: Tensor | None = None,
+) -> Estimator:
+    """The estimator for an offer; one that takes no ``places`` finds all gains, of which those at the places are kept."""
+    if places is None:
+        return gains.start(utility, elements, mask, generator)
+    if "places" in signature(gains.start).parameters:
+        return gains.start(utility, elements, mask, generator, places=places)
+    everywhere = gains.start(utility, elements, mask, generator)
+
+    def at_places(logits: Tensor) -> Gains:
+        found = everywhere(logits)
+        return found._replace(mean=found.mean.gather(-1, places), rows=_at(found.rows, places))
+
+    return at_places
 
 
 class Enumerated:
@@ -139,10 +162,8 @@ class Drawn:
             log_prob = log_probs.sum(-1)
             if self.derivative == "score":
                 slope = self._score(rows.detach(), log_prob.unsqueeze(-1) - _at(log_probs, places))
-            elif places is not None:
-                raise ValueError("places: second differences are taken for all elements; use derivative='score' or None")
             else:
-                slope = _SecondDifferences.apply(torch.sigmoid(logits), at, inside)
+                slope = _SecondDifferences.apply(torch.sigmoid(logits), at, inside, rows.detach(), places)
             return Gains((rows + slope).mean(-2), rows / self.samples**0.5, log_prob)
 
         return gains
@@ -217,24 +238,26 @@ class _SecondDifferences(torch.autograd.Function):
     """0 with the derivative of E[rows] in psi_j at the same draws: ``rows(S + j) - rows(S - j)``, one j after the other."""
 
     @staticmethod
-    def forward(ctx: Any, psi: Tensor, at: Callable[[Tensor], Tensor], inside: Tensor) -> Tensor:
-        ctx.job = (at, inside)
-        return torch.zeros(inside.shape, dtype=psi.dtype, device=psi.device)
+    def forward(
+        ctx: Any, psi: Tensor, at: Callable[[Tensor], Tensor], inside: Tensor, rows: Tensor, places: Tensor | None
+    ) -> Tensor:
+        ctx.job = (at, inside, rows, places)
+        return torch.zeros_like(rows, dtype=psi.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        at, inside = ctx.job
+        at, inside, rows, places = ctx.job
+        whose = torch.arange(inside.shape[-1], device=inside.device) if places is None else places
+        parts = []
         with torch.no_grad():
-            rows, parts = at(inside), []
             for j in range(inside.shape[-1]):
                 flipped = inside.clone()
                 flipped[..., j] ^= True
-                change = (at(flipped) - rows) * cotangent
-                change[..., j] = 0.0
+                change = ((at(flipped) - rows) * cotangent).masked_fill((whose == j).unsqueeze(-2), 0.0)
                 sign = 1 - 2 * inside[..., j].to(rows.dtype)
                 parts.append((sign * change.sum(-1)).sum(-1))
-        return torch.stack(parts, -1), None, None
+        return torch.stack(parts, -1), None, None, None, None
 
 
 def _gains_at(

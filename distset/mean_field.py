@@ -43,7 +43,7 @@ from distset.fixed_point import (
     fixed_point,
     lipschitz,
 )
-from distset.gains import Drawn, Gains, GainsEstimator, Smoothed, real_dtype
+from distset.gains import Drawn, Gains, GainsEstimator, Smoothed, real_dtype, started
 from distset.offers import check_elements
 from distset.set_functions import Guess, SetFunction, SumUtility
 
@@ -166,7 +166,7 @@ def field_step(
     check_elements(elements, mask, getattr(utility, "element_ndim", 1))
     if gains is None:
         gains = Smoothed() if isinstance(utility, SumUtility) else Drawn()
-    estimate = gains.start(utility, elements, mask, generator, places)
+    estimate = started(gains, utility, elements, mask, generator, places)
     scaling = Constant() if scale is None else scale
     n = elements.shape[-getattr(utility, "element_ndim", 1) - 1]
     size = torch.tensor(float(n), device=elements.device) if mask is None else mask.sum(-1)

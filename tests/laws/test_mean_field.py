@@ -187,7 +187,22 @@ def test_the_norm_of_drawn_rows_has_an_unbiased_derivative():
     assert_mean(slopes, wanted)
 
 
-@pytest.mark.parametrize("estimator", [Enumerated(), Drawn(3), Drawn(3, derivative=None), Smoothed(4)], ids=repr)
+class KnowsNoPlaces(Enumerated):
+    """As an estimator of one's own may be."""
+
+    def start(self, utility, elements, mask, generator=None):
+        return super().start(utility, elements, mask, generator)
+
+    def __repr__(self):
+        return "KnowsNoPlaces()"
+
+
+AT_PLACES = [
+    Enumerated(), Drawn(3), Drawn(3, "differences"), Drawn(3, derivative=None), Smoothed(4), KnowsNoPlaces()
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("estimator", AT_PLACES, ids=repr)
 def test_gains_at_places_are_those_of_all_at_places(estimator):
     """With their derivatives in psi and in the parameters."""
     utility, elements = small(4, n=6, sets=3)
