@@ -1,8 +1,8 @@
 """Tables of results: the runs of a table, what they measured beside what was published, and the page that shows it.
 
 A `Table` is rows; a row is a configuration of ``jobs.train`` over some seeds (and folds). `collect` trains what is not
-trained yet and gathers the test figures; `render` turns all gathered tables into one Markdown page. No figure on that page
-is typed by hand.
+trained yet and gathers the test figures; `render` turns all gathered tables into one Markdown page. No figure of a table is
+typed by hand; notes beside them (``results/*.md``) are, and say so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from distset.files import write_atomically
 from distset.report import write_json
-from distset.report.convergence import plot_convergence
+from distset.report.table_figures import draw_table
 from distset.training import final_figures, members, train_run
 
 __all__ = ["Row", "Table", "collect", "measure", "render", "verdict"]
@@ -67,7 +67,7 @@ class Table(NamedTuple):
         figures: the test figures shown, by the name they are shown under.
         lower: those of them where less is better.
         rows: its lines.
-        curve: a validation metric drawn over steps, a line a row; None for no picture.
+        draw: what is drawn of it, see `distset.report.table_figures`.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Table(NamedTuple):
     figures: dict[str, str]
     lower: list[str]
     rows: list[Row]
-    curve: str | None = None
+    draw: Mapping[str, Any] = {}
 
 
 def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[str] | None = None) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[
     Args:
         table: what to run.
         runs: folder of the run folders, ``runs/<table>/<row>/<member>``; finished ones are only read.
-        results: folder of the gathered tables, and of their curves, ``results/<table>.png``.
+        results: folder of the gathered tables, and of what is drawn of them.
         rows: names of the rows to run; all if None. The others keep what is known of them, if their configuration is
             still the same, or stand as not measured.
     """
@@ -93,9 +93,10 @@ def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = json.loads(path.read_text())["rows"] if path.is_file() else []
     known = {(row["name"], row["command"]): row for row in earlier}
+    folders = {row.name: Path(runs) / table.name / _slug(row.name) for row in table.rows}
     for row in table.rows:
         if rows is None or row.name in rows:
-            found = _measure(row, Path(runs) / table.name / _slug(row.name))
+            found = _measure(row, folders[row.name])
             known[row.name, row.command] = {"date": datetime.date.today().isoformat(), "hardware": _hardware(), **found}
         gathered = {
             "title": table.title,
@@ -105,9 +106,7 @@ def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[
             "rows": [_described(row, known.get((row.name, row.command), {})) for row in table.rows],
         }
         write_json(path, gathered)
-    if table.curve is not None:
-        histories = {row.name: _histories(Path(runs) / table.name / _slug(row.name)) for row in table.rows}
-        plot_convergence({name: found for name, found in histories.items() if found}, table.curve, path.with_suffix(".png"))
+    draw_table(table.draw, gathered, folders, path.with_suffix(""))
     return gathered
 
 
@@ -143,14 +142,21 @@ def render(results: str | Path, page: str | Path, order: Sequence[str] = ()) -> 
     paths = [path for path in sorted(folder.glob("*.json")) if path.name != BENCHMARKS]
     found = {path.stem: json.loads(path.read_text()) for path in paths}
     names = [name for name in order if name in found] + [name for name in found if name not in order]
-    sections = [_section(found[name], _picture(folder / f"{name}.png", Path(page))) for name in names]
+    sections = [_section(found[name], _drawn(folder, name, page)) for name in names]
+
     sections += [path.read_text() for path in sorted(folder.glob("*.md"))]
     if (folder / BENCHMARKS).is_file():
-        sections.append(_speed(json.loads((folder / BENCHMARKS).read_text())))
+        sections.append(_speed(json.loads((folder / BENCHMARKS).read_text()), _drawn(folder, "benchmark", page)))
     write_atomically(Path(page), "\n".join([HEAD, *sections]))
 
 
-def _speed(kept: Mapping[str, Any]) -> str:
+def _drawn(folder: Path, name: str, page: str | Path) -> list[str]:
+    """The lines that show the pictures ``<name>-*.png`` on the page."""
+    found = [(path.stem, Path(os.path.relpath(path, Path(page).parent))) for path in sorted(folder.glob(f"{name}-*.png"))]
+    return [line for stem, path in found for line in ("", f"![{stem}]({path.as_posix()})")]
+
+
+def _speed(kept: Mapping[str, Any], pictures: Sequence[str]) -> str:
     lines = [SPEED, _line(["benchmark", "bar", "measured", "wanted", "", "date"]), _line(["---"] * 6)]
     for name, found in sorted(kept.items()):
         for bar, (value, wanted, holds) in found["bars"].items():
@@ -158,7 +164,7 @@ def _speed(kept: Mapping[str, Any]) -> str:
             verdict = "holds" if holds else "**missed**"
             lines.append(_line([f"`{name}`", bar.replace("|", "/"), shown, f"{wanted:g}", verdict, found["date"]]))
     hardware = sorted({found["hardware"] for found in kept.values()})
-    return "\n".join([*lines, "", f"{'; '.join(hardware)}.", ""])
+    return "\n".join([*lines, *pictures, "", f"{'; '.join(hardware)}.", ""])
 
 
 def _measure(row: Row, folder: Path) -> dict[str, Any]:
@@ -186,19 +192,7 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
     }
 
 
-def _histories(folder: Path) -> list[list[dict[str, float]]]:
-    """The records of all runs of a row."""
-    files = sorted(folder.rglob("metrics.jsonl"))
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-
-def _picture(path: Path, page: Path) -> list[str]:
-    """The lines that show a picture on the page; none where there is no picture."""
-    found = Path(os.path.relpath(path, page.parent)).as_posix()
-    return ["", f"![validation over steps]({found})"] if path.is_file() else []
-
-
-def _section(table: Mapping[str, Any], picture: Sequence[str] = ()) -> str:
+def _section(table: Mapping[str, Any], pictures: Sequence[str]) -> str:
     figures: dict[str, str] = table["figures"]
     head = ["", *figures.values(), "published or wanted", "verdict", "runs", "steps", "CPU min"]
     lines = [f"## {table['title']}", table["text"].strip(), "", _line(head), _line(["---"] * len(head))]
@@ -220,7 +214,7 @@ def _section(table: Mapping[str, Any], picture: Sequence[str] = ()) -> str:
         lines += ["", f"Simple rules on the same test examples: {simple}."]
     commands = "\n".join(row["command"] for row in table["rows"])
     measured = sorted({f"{row['date']}, {row['hardware']}" for row in table["rows"] if row["values"]})
-    return "\n".join([*lines, *picture, "", f"{'; '.join(measured)}.", "", f"```bash\n{commands}\n```", ""])
+    return "\n".join([*lines, *pictures, "", f"{'; '.join(measured)}.", "", f"```bash\n{commands}\n```", ""])
 
 
 def verdict(values: Sequence[float], published: float, lower: bool) -> str:

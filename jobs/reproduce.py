@@ -28,16 +28,18 @@ def main(config: dict[str, Any]) -> None:
     wanted = {"all": order, "none": []}.get(config["table"], [config["table"]])
     if unknown := set(wanted) - set(order):
         raise ValueError(f"table: there is no {', '.join(unknown)}; there are {', '.join(order)}")
-    results = Path(config["results"])
+    apart = Path(config["runs"]) / "short"  # two steps of a small network must never be taken for results
+    results = apart / "results" if config["short"] else Path(config["results"])
+    runs = apart if config["short"] else Path(config["runs"])
+    page = apart / "results.md" if config["short"] else Path(config["page"])
     for number, name in enumerate(wanted, 1):
         print(f"table {name} ({number} of {len(wanted)})")
         table = read_table(name, config)
-        collect(table, config["runs"], results, chosen_rows(table, config["rows"]))
+        collect(table, runs, results, chosen_rows(table, config["rows"]))
     if config["benchmarks"] is not None:
         measure(_benchmarks(config["benchmarks"]), results)
-    if not config["short"]:
-        render(results, config["page"], order)
-        print(f"written: {config['page']}")
+    render(results, page, order)
+    print(f"written: {page}")
 
 
 def _benchmarks(wanted: str | list[str]) -> list[str]:
@@ -59,7 +61,7 @@ def read_table(name: str, config: dict[str, Any]) -> Table:
         typed = [*spec.get("common", []), *row.get("overrides", [])]
         rows.append(_row(row, typed, short, config))
     figures, lower = spec["figures"], spec.get("lower", [])
-    return Table(name, spec["title"], spec["text"], figures, lower, rows, spec.get("curve"))
+    return Table(name, spec["title"], spec["text"], figures, lower, rows, spec.get("draw", {}))
 
 
 def chosen_rows(table: Table, wanted: list[str] | None) -> list[str] | None:

@@ -11,10 +11,10 @@ from scipy.special import logsumexp
 from scipy.stats import kstest, multivariate_normal
 from sklearn.metrics import rand_score
 
+from benchmarks.partitions import ALONE, variances
 from distset import Exact, Full, InMemory, Sampled, Subset, encode_set
 from distset.data.synthetic_mixtures import MixtureSets
 from distset.problems.mixtures import mixtures
-from distset.problems.partition_figure import variances
 from distset.tasks import clustering_models as models
 from distset.tasks.clustering import clustering_task, negative_log_likelihood, rand_index, to_mixture
 from distset.tasks.set_models import LinearFeatures
@@ -143,8 +143,8 @@ def test_variance_over_partitions():
     """Figure 3: none for compositions with UMBC, even with blocks that are not consistent themselves; else some."""
     found = variances(points=60, partitions=20)
     consistent = {name for name, variance in found.items() if variance < 1e-24}
-    assert consistent == set(found) - {"Set Transformer", "FSPool", "DiffEM"}
-    assert min(found[name] for name in ("Set Transformer", "FSPool", "DiffEM")) > 1e-9
+    assert consistent == set(found) - set(ALONE)
+    assert min(found[name] for name in ALONE) > 1e-9
 
 
 @pytest.mark.parametrize("name", STREAMS)

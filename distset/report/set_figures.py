@@ -1,18 +1,11 @@
-"""The pictures of the set-encoder experiments, in the form of the paper's figures; each function writes one PNG.
-
-``python -m distset.report.set_figures --results docs/results --out docs/figures`` draws what compares runs (figures 6 and 7)
-from the gathered tables.
-"""
+"""The pictures of the set-encoder experiments, in the form of the paper's figures; each function writes one PNG."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from distset.report.plots import COLORS, INK, new_axes, new_figure, save
 
-__all__ = ["Curve", "MixturePanel", "plot_completions", "plot_lines", "plot_mixtures", "plot_variances", "read_curves"]
+__all__ = ["Curve", "MixturePanel", "plot_completions", "plot_dots", "plot_lines", "plot_mixtures", "plot_variances"]
 
 
 class MixturePanel(NamedTuple):
@@ -138,45 +131,15 @@ def plot_completions(rows: Sequence[Sequence[ArrayLike]], columns: Sequence[str]
     save(figure, path)
 
 
-def read_curves(table: Mapping[str, Any], figure: str) -> list[Curve]:
-    """The rows of a gathered table that end in a number of elements (``UMBC, sampled 100``), as a curve each over it."""
-    points: dict[str, list[tuple[float, float, float]]] = {}
-    for row in table["rows"]:
-        found = re.fullmatch(r"(.*?) ([\d,]+)", row["name"])
-        values = row["values"].get(figure, [])
-        if found and values:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            points.setdefault(found[1], []).append((float(found[2].replace(",", "")), statistics.fmean(values), spread))
-    return [Curve(name, *map(list, zip(*sorted(of)))) for name, of in points.items()]  # type: ignore[arg-type]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("docs/results"))
-    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
-    args = parser.parse_args()
-    documents, activations = args.results / "documents.json", args.results / "activations.json"
-    if documents.is_file():
-        curves = read_curves(json.loads(documents.read_text()), "micro_f1")
-        name = "words that get gradient"
-        plot_lines(curves, args.out / "documents_f1.png", x=name, y="micro F1", title="Movie reviews", log_x=True)
-    if activations.is_file():
-        rows = json.loads(activations.read_text())["rows"]
-        found = {row["name"]: statistics.fmean(row["values"]["loss"]) for row in rows if row["values"].get("loss")}
-        plot_bars(found, args.out / "activations.png", x="NLL per point", title="Activations")
-
-
-def plot_bars(values: Mapping[str, float], path: Path, *, x: str, title: str) -> None:
-    """A dot for each name."""
+def plot_dots(values: Mapping[str, Sequence[float]], path: Path, *, x: str, title: str) -> None:
+    """A line for each name: its mean as a dot, one standard deviation as a bar."""
     figure = new_figure(5.6, 0.9 + 0.34 * len(values))
     axes = new_axes(figure, (1, 1, 1))
-    axes.plot(list(values.values()), range(len(values)), "o", color=COLORS[0])
+    means = [statistics.fmean(own) for own in values.values()]
+    spreads = [statistics.stdev(own) if len(own) > 1 else 0.0 for own in values.values()]
+    axes.errorbar(means, range(len(values)), xerr=spreads, fmt="o", color=COLORS[0], capsize=3)
     axes.set_yticks(range(len(values)), list(values))
     axes.invert_yaxis()
     axes.set_xlabel(x)
     axes.set_title(title, loc="left", fontweight="bold")
     save(figure, path)
-
-
-if __name__ == "__main__":
-    main()

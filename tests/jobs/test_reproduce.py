@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from hydra import initialize_config_module
 
 from distset.reproduce import collect, measure, render
-from jobs.reproduce import TABLES, chosen_rows, read_table
+from jobs.reproduce import TABLES, chosen_rows, main, read_table
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
 SETTINGS = {"short": False, "paths": dict.fromkeys(
     ("registry", "cells", "davis", "mnist", "fashion", "movies", "flags"), "data")}  # fmt: skip
 
 
+@pytest.mark.parametrize("short", [False, True], ids=["whole", "short"])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_row_composes(name):
+def test_every_row_composes(name, short):
     with initialize_config_module("conf", version_base="1.3"):
-        table = read_table(name, SETTINGS)
+        table = read_table(name, {**SETTINGS, "short": short})
     assert table.rows
     assert set(table.lower) <= set(table.figures)
     for row in table.rows:
         assert set(row.published) <= set(table.figures)
         assert row.command.startswith("python -m jobs.train")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_the_short_form_of_every_table_runs_to_the_page(name, tmp_path, monkeypatch):
+    """Every row trains two steps on the real data, is measured and shown; and nothing of it is near the real results."""
+    data = Path(os.environ.get("DISTSET_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    folders = {"registry": "amazon_registry", "cells": "cells_pbmc68k", "davis": "davis", "mnist": "mnist",
+               "fashion": "fashion_mnist", "movies": "movie_reviews", "flags": "flags_capitals"}  # fmt: skip
+    if not data.is_dir():
+        pytest.skip(f"no data at {data}")
+    paths = [f"paths.{key}={data / folder}" for key, folder in folders.items()]
+    places = [f"{key}={tmp_path / key}" for key in ("runs", "results", "page")]
+    monkeypatch.setattr(sys, "argv", ["jobs.reproduce", f"table={name}", "short=true", *paths, *places])
+    main()
+    (gathered,) = (tmp_path / "runs" / "short" / "results").glob("*.json")
+    rows = json.loads(gathered.read_text())["rows"]
+    assert all(row["steps"] == [2, 2] for row in rows)
+    assert all(row["values"] for row in rows)
+    assert (tmp_path / "runs" / "short" / "results.md").is_file()
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_short_table_is_gathered_rendered_and_not_trained_twice(tmp_path):
