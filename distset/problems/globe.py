@@ -35,18 +35,21 @@ class Globe(NamedTuple):
     @staticmethod
     def read(path: str | Path, countries: int | None = 100, seed: int = 0) -> Globe:
         """From an ``npz`` with ``flags`` uint8 ``(N, H, W, 3)`` and ``lonlat`` in degrees ``(N, 2)``; ``countries`` of
-        them, drawn by ``seed``.
+        them, drawn by ``seed``. Of countries with one flag (such as a country and its territories), which no network can
+        tell apart, the first one is taken.
 
         Raises:
-            ValueError: for a file without these arrays, or with fewer countries.
+            ValueError: for a file without these arrays, or with fewer flags.
         """
         with np.load(path) as file:
             missing = {"flags", "lonlat"} - set(file.files)
             if missing:
                 raise ValueError(f"path: {path} has no array {sorted(missing)}, wanted flags (N, H, W, 3) and lonlat (N, 2)")
             flags, lonlat = torch.from_numpy(file["flags"]), torch.from_numpy(file["lonlat"]).double()
+        own = _first_of_each(flags)
+        flags, lonlat = flags[own], lonlat[own]
         if countries is not None and countries > len(flags):
-            raise ValueError(f"countries: got {countries}, wanted at most {len(flags)}, the flags in {path}")
+            raise ValueError(f"countries: got {countries}, wanted at most {len(flags)}, the different flags in {path}")
         picked = torch.randperm(len(flags), generator=generator_for(seed, "countries"))[:countries]
         longitude, latitude = lonlat[picked].deg2rad().T
         points = [latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()]
@@ -103,6 +106,13 @@ def globe(
         parts.append(Combinations(world, drawn, tours, group=1 if part == 0 else 100))
     train, val, test = parts
     return Parts(train, val, test, {"size": tuple(world.flags.shape[2:])})
+
+
+def _first_of_each(flags: Tensor) -> Tensor:
+    """The numbers of the flags ``(N, H, W, 3)`` that differ from all before them by a hundredth of the range or more (RMS)."""
+    flat = flags.flatten(1).float() / 255
+    apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") / flat.shape[1] ** 0.5
+    return (~(apart < 0.01).tril(-1).any(-1)).nonzero().squeeze(-1)
 
 
 def _corrupt(tours: Tensor, share: float, seed: int) -> Tensor:

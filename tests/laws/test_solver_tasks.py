@@ -121,6 +121,9 @@ def test_reading_flags(tmp_path):
     assert (torch.cdist(world.points, wanted).amin(1) < 1e-6).all()
     with pytest.raises(ValueError, match="countries: got 5, wanted at most 4"):
         globe.Globe.read(tmp_path / "flags.npz", countries=5)
+    twice = np.concatenate([flags, flags[:1] ^ 1])  # another country with the flag of the first
+    np.savez(tmp_path / "twice.npz", flags=twice, lonlat=np.arange(10, dtype=np.float32).reshape(5, 2))
+    assert sorted(globe.Globe.read(tmp_path / "twice.npz", countries=4).lonlat[:, 0].tolist()) == [0, 2, 4, 6]
     np.savez(tmp_path / "other.npz", flags=flags)
     with pytest.raises(ValueError, match=r"has no array .*lonlat"):
         globe.Globe.read(tmp_path / "other.npz")
