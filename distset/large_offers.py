@@ -40,6 +40,7 @@ from distset.fixed_point import (
 )
 from distset.gains import real_dtype, soft_subset
 from distset.krylov import Dense
+from distset.offers import check_elements, check_positions
 from distset.seeds import generator_for
 from distset.set_functions import SumUtility
 from distset.sets import Chunk, ChunkedSet, InMemory
@@ -105,7 +106,8 @@ def solve_offer(
     Each iteration is one sweep of the chunks, each product of the backward solver one sweep with a gradient.
 
     Raises:
-        ValueError: for a utility that is no `SumUtility`, a set that is no `ChunkedSet`.
+        ValueError: for a utility that is no `SumUtility`, a set that is no `ChunkedSet`; features that are not finite, with
+            their chunk.
 
     Example:
         >>> import torch
@@ -129,25 +131,31 @@ def solve_offer(
     return Field(solution.value, total, seed, temperature, True, solution)
 
 
-def offer_loss(utility: SumUtility, offer: ChunkedSet, field: Field, chosen: Tensor) -> Tensor:
+def offer_loss(
+    utility: SumUtility, offer: ChunkedSet, field: Field, chosen: Tensor, counted: Tensor | None = None
+) -> Tensor:
     """`oracle_loss` of a large offer, averaged over the batch.
 
     Args:
         utility, offer: those of the field.
         field: of `solve_offer` or `first_field`.
         chosen: positions of S* in the offer, int64 ``(K)``, the same for all offers of a batch.
+        counted: positions of the elements that count in the loss, int64 ``(C)``; None for all but padding.
 
     Raises:
-        ValueError: for positions outside of the offer, or named twice; for nothing or everything chosen.
+        ValueError: for positions outside of the offer, in its padding, or named twice; for nothing or everything chosen.
     """
-    _check_chosen(chosen, len(offer))
+    check_positions(chosen, len(offer))
     encoder = _Loss(utility, field.seed, field.temperature, field.solved)
-    condition = (field.sums, field.total, chosen)
+    condition = (field.sums, field.total, chosen, counted)
     return encode_set(encoder, offer, grad=_sweep(offer), seed=field.seed, condition=condition).mean()
 
 
 def offer_logits(utility: SumUtility, offer: ChunkedSet, field: Field) -> Tensor:
-    """The logits of psi of all elements ``(*, N)``, without a gradient; the one thing here that is of the offer's size."""
+    """The logits of psi of all elements ``(*, N)``, -inf at padding, without a gradient.
+
+    The one thing here that is of the offer's size.
+    """
     first = next(utility.parameters())
     logits = torch.empty(
         *offer.batch_shape, len(offer), dtype=first.dtype
@@ -213,6 +221,7 @@ class _StartSums(_Elements):
 
     def encode(self, chunk: Chunk, query: Any) -> Sum:
         samples, hard = query
+        self._check(chunk)
         h_ND = self.utility.embed(chunk.elements, chunk.mask)
         if hard:
             shares = self.hard(chunk, samples).to(h_ND.dtype)
@@ -221,6 +230,12 @@ class _StartSums(_Elements):
             shares = soft_subset(logits, self.numbers(chunk, samples, normal=True), chunk.mask)
         rows = torch.cat([shares @ h_ND, h_ND.sum(-2, keepdim=True)], -2)
         return Sum(rows, chunk.counts(rows.dtype))
+
+    def _check(self, chunk: Chunk) -> None:
+        try:
+            check_elements(chunk.elements, chunk.mask, self.utility.element_ndim)
+        except ValueError as error:
+            raise ValueError(f"{error} (in chunk {chunk.id}, which begins at element {chunk.start})") from None
 
 
 class _NextSums(_Elements):
@@ -235,24 +250,33 @@ class _Loss(_Elements):
     """The chunk's share of the cross-entropy."""
 
     def encode(self, chunk: Chunk, query: Any) -> Sum:
-        sums, total, chosen = query
-        _, logits, _ = self.place(chunk, sums, total)
-        target = torch.zeros(chunk.size, dtype=logits.dtype, device=logits.device)
-        own = chosen[(chosen >= chunk.start) & (chosen < chunk.start + chunk.size)] - chunk.start
-        target[own] = 1.0
-        loss = F.binary_cross_entropy_with_logits(logits, target.expand_as(logits), reduction="none")
+        sums, total, chosen, counted = query
+        target = _within(chunk, chosen)
+        counts = torch.ones_like(target) if counted is None else _within(chunk, counted)
         if chunk.mask is not None:
-            loss = loss.masked_fill(~chunk.mask, 0.0)
-        return Sum(loss.sum(-1, keepdim=True), chunk.counts(loss.dtype))
+            if bool((target & ~chunk.mask).any()):
+                raise ValueError(f"chosen: has elements of chunk {chunk.id} that are not offered (padding)")
+            counts = counts & chunk.mask
+        _, logits, _ = self.place(chunk, sums, total)
+        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype).expand_as(logits), reduction="none")
+        return Sum(loss.masked_fill(~counts, 0.0).sum(-1, keepdim=True), chunk.counts(loss.dtype))
 
 
 class _Logits(_Elements):
     """The logits themselves."""
 
 
+def _within(chunk: Chunk, positions: Tensor) -> Tensor:
+    """Which elements of the chunk are at ``positions`` of the offer, bool ``(N)``."""
+    own = positions[(positions >= chunk.start) & (positions < chunk.start + chunk.size)] - chunk.start
+    inside = torch.zeros(chunk.size, dtype=torch.bool, device=chunk.elements.device)
+    return inside.index_fill(0, own.to(inside.device), True)
+
+
 def _chunk_logits(chunk: Chunk, reader: _Logits, sums: Tensor, total: Tensor | None) -> tuple[int, Tensor]:
     with torch.no_grad():
-        return chunk.start, reader.place(chunk, sums, total)[1]
+        logits = reader.place(chunk, sums, total)[1]
+    return chunk.start, logits if chunk.mask is None else logits.masked_fill(~chunk.mask, -torch.inf)
 
 
 def _start(utility: SumUtility, offer: ChunkedSet, samples: int, seed: int, *, hard: bool) -> tuple[Tensor, Tensor | None]:
@@ -269,14 +293,3 @@ def _start(utility: SumUtility, offer: ChunkedSet, samples: int, seed: int, *, h
 def _sweep(offer: ChunkedSet) -> Exact | Full:
     """One chunk in memory needs no replay: its graph is as large as the replay's would be."""
     return Full() if type(offer) is InMemory and offer.num_chunks == 1 else Exact()
-
-
-def _check_chosen(chosen: Tensor, size: int) -> None:
-    if chosen.dtype != torch.int64 or chosen.dim() != 1:
-        raise ValueError(f"chosen: got {chosen.dtype} {tuple(chosen.shape)}, wanted positions as one int64 tensor (K)")
-    if not 0 < len(chosen) < size:
-        raise ValueError(f"chosen: got {len(chosen)} of {size} elements, wanted at least 1 and not all")
-    if int(chosen.min()) < 0 or int(chosen.max()) >= size:
-        raise ValueError(f"chosen: got positions {int(chosen.min())} to {int(chosen.max())}, wanted 0 to {size - 1}")
-    if len(chosen.unique()) != len(chosen):
-        raise ValueError("chosen: names an element twice; a subset holds each once")

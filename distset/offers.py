@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Offers", "check_elements", "check_offer", "membership"]
+__all__ = ["Offers", "check_elements", "check_offer", "check_positions", "membership"]
 
 
 class Offers(NamedTuple):
@@ -66,6 +66,18 @@ def check_offer(elements: Tensor, chosen: Tensor, mask: Tensor | None = None, *,
             f"chosen: set {_first((chosen & offered).sum(-1) == offered.sum(-1))} has chosen all that is offered; drop sets "
             f"with S* = V, or offer more"
         )
+
+
+def check_positions(chosen: Tensor, size: int) -> None:
+    """Refuse an S* that is no int64 positions ``(K)`` in an offer of ``size`` elements, each once, some and not all."""
+    if chosen.dtype != torch.int64 or chosen.dim() != 1:
+        raise ValueError(f"chosen: got {chosen.dtype} {tuple(chosen.shape)}, wanted positions as one int64 tensor (K)")
+    if not 0 < len(chosen) < size:
+        raise ValueError(f"chosen: got {len(chosen)} of {size} elements, wanted at least 1 and not all")
+    if int(chosen.min()) < 0 or int(chosen.max()) >= size:
+        raise ValueError(f"chosen: got positions {int(chosen.min())} to {int(chosen.max())}, wanted 0 to {size - 1}")
+    if len(chosen.unique()) != len(chosen):
+        raise ValueError("chosen: names an element twice; a subset holds each once")
 
 
 def check_elements(elements: Tensor, mask: Tensor | None, element_ndim: int = 1) -> None:

@@ -73,9 +73,27 @@ def test_an_offer_in_chunks_trains_like_one_in_memory():
     losses = [task.loss(Example(InMemory(x, chunk_size=c), chosen), seed=0) for c in (None, 7)]
     torch.testing.assert_close(losses[0], losses[1], rtol=0.01, atol=0)
     losses[1].backward()
-    assert task.predict(InMemory(x, chunk_size=7)).shape == (24,)
-    positions = task.loss(Example(InMemory(x, chunk_size=7), torch.arange(5)), seed=0)
-    torch.testing.assert_close(positions, losses[1])
+    padded = task.predict(InMemory(x, chunk_size=7, mask=torch.arange(24) < 20))
+    assert (padded == -torch.inf).tolist() == [False] * 20 + [True] * 4
+    for size, loss in zip((None, 7), losses):
+        torch.testing.assert_close(task.loss(Example(InMemory(x, chunk_size=size), torch.arange(5)), seed=0), loss)
+
+
+def test_the_elements_that_count_are_the_same_in_chunks():
+    torch.manual_seed(0)
+    solve = Solve(Smoothed(3000), Constant(0.2), Implicit(), None, Stop(200, 1e-6, 1e-6))
+    task = OracleTask(OracleModel(published_utility(2, width=4, hidden=4)), solve, negatives=1)
+    x, mask, chosen = torch.randn(24, 2), torch.arange(24) < 20, torch.arange(24) < 5
+    losses = [task.loss(Example(InMemory(x, chunk_size=c, mask=mask), chosen), seed=3) for c in (None, 7)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=0.01, atol=0)
+    task.negatives = None
+    everything = task.loss(Example(InMemory(x, mask=mask), chosen), seed=3)
+    assert everything > 1.5 * losses[0]  # 20 elements count, not 10
+    batch = Example(InMemory(x.expand(2, 24, 2), chunk_size=7), torch.arange(5))
+    assert task.loss(batch, seed=0).isfinite()
+    task.negatives = 1
+    with pytest.raises(ValueError, match=r"negatives: .* is a batch of offers in chunks"):
+        task.loss(batch, seed=0)
 
 
 def test_negatives_beside_the_chosen_count_as_often_as_asked():
@@ -109,6 +127,25 @@ def test_the_last_step_at_counted_elements_is_the_whole_step_there(make, steps):
     torch.testing.assert_close(loss, whole, rtol=1e-12, atol=1e-12)
     expected = torch.autograd.grad(whole, list(task.model.utility.parameters()))
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 7])
+@pytest.mark.parametrize(("target", "message"), [
+    (torch.tensor([-1, 3]), "chosen: got positions -1 to 3, wanted 0 to 29"),
+    (torch.tensor([31]), "chosen: got positions 31 to 31, wanted 0 to 29"),
+    (torch.tensor([3, 3]), "chosen: names an element twice"),
+    (torch.zeros(30), "chosen: got torch.float32"),
+    (torch.zeros(29, dtype=torch.bool), "chosen: got torch.bool .29,., wanted .30,."),
+    (torch.arange(30) >= 25, "chosen: .* not offered"),
+])  # fmt: skip
+def test_bad_targets_are_named_in_one_chunk_and_in_many(target, message, chunk_size):
+    task = OracleTask(OracleModel(published_utility(2, width=4, hidden=4)), Solve(Smoothed(3)))
+    x, mask = torch.randn(30, 2), torch.arange(30) < 27
+    with pytest.raises(ValueError, match=message):
+        task.loss(Example(InMemory(x, chunk_size=chunk_size, mask=mask), target), seed=0)
+    x[8] = torch.inf
+    with pytest.raises(ValueError, match=r"elements: 1 of .* NaN or infinite"):
+        task.loss(Example(InMemory(x, chunk_size=chunk_size), torch.arange(3)), seed=0)
 
 
 def test_what_cannot_be_is_said():

@@ -23,10 +23,10 @@ from distset.fixed_point import FixedPointWarning, Implicit, Iteration, OneStep,
 from distset.gains import Drawn, GainsEstimator, Smoothed
 from distset.large_offers import offer_logits, offer_loss, solve_offer
 from distset.mean_field import L2, Constant, Scale, field_step, mean_field, oracle_loss
-from distset.offers import check_offer
+from distset.offers import check_offer, check_positions
 from distset.seeds import generator_for, seed_for
 from distset.set_functions import Independent, SetFunction, SumUtility, elbo, published_recognition, published_utility
-from distset.sets import ChunkedSet, InMemory
+from distset.sets import Chunk, ChunkedSet, InMemory
 from distset.train import Example, Parts
 
 __all__ = ["OracleModel", "OracleTask", "Solve", "diffmf_task", "equivset_task", "idiffmf_task"]
@@ -76,8 +76,9 @@ class OracleTask:
         if example.set.num_chunks > 1:
             return self._large_loss(example, seed)
         elements, mask = self._elements(example.set)
-        chosen = example.target.to(elements.device)
-        check_offer(elements, chosen, mask, element_ndim=getattr(self.model.utility, "element_ndim", 1))
+        element_ndim = getattr(self.model.utility, "element_ndim", 1)
+        chosen = _membership(example.target, elements if element_ndim == 0 else elements.flatten(-element_ndim)[..., 0])
+        check_offer(elements, chosen, mask, element_ndim=element_ndim)
         loss = self._cross_entropy(elements, mask, chosen, seed)
         if self.model.recognition is None:
             return loss
@@ -192,8 +193,15 @@ class OracleTask:
         return chosen | (rest & (rank < self.negatives * chosen.sum(-1, keepdim=True)))
 
     def _large_loss(self, example: Example, seed: int) -> Tensor:
-        positions = _membership(example.target, torch.empty(len(example.set))).nonzero().squeeze(-1)
-        return offer_loss(self._utility(), example.set, self._large_field(example.set, seed), positions)
+        offer, places = example.set, None
+        chosen = _membership(example.target, torch.empty(len(offer)))
+        if self.negatives is not None:
+            if offer.batch_shape:
+                raise ValueError(f"negatives: {offer!r} is a batch of offers in chunks; pass None, or the offers one by one")
+            mask = torch.cat(list(offer.map(_offered)), -1)
+            counted = self._counted(chosen, mask, seed)
+            places = None if counted is None else counted.nonzero().squeeze(-1)
+        return offer_loss(self._utility(), offer, self._large_field(offer, seed), chosen.nonzero().squeeze(-1), places)
 
     def _large_field(self, offer: ChunkedSet, seed: int) -> Any:
         gains, scale, grad, iteration, stop = self.solve
@@ -281,9 +289,17 @@ def _joined(examples: Sequence[Example]) -> Example:
     return Example(set, torch.cat([torch.as_tensor(example.target) for example in examples]))
 
 
+def _offered(chunk: Chunk) -> Tensor:
+    offered = torch.ones((*chunk.batch_shape, chunk.size), dtype=torch.bool)
+    return offered if chunk.mask is None else chunk.mask.cpu()
+
+
 def _membership(target: Any, like: Tensor) -> Tensor:
-    """Targets may be bool ``(*, N)`` or int64 positions."""
+    """Targets may be bool ``(*, N)`` or int64 positions, the same for all offers of a batch."""
     target = torch.as_tensor(target).to(like.device)
     if target.dtype == torch.bool:
+        if target.shape != like.shape:
+            raise ValueError(f"chosen: got torch.bool {tuple(target.shape)}, wanted {tuple(like.shape)}, True in S*")
         return target
+    check_positions(target, like.shape[-1])
     return torch.zeros(like.shape, dtype=torch.bool, device=like.device).index_fill(-1, target, True)

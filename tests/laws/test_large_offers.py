@@ -75,6 +75,11 @@ def test_chunks_give_the_mean_field_in_memory_and_its_gradient(smooth, context, 
     valid = torch.ones_like(target) if mask is None else mask
     found = offer_logits(utility, offer, field)
     torch.testing.assert_close(found[valid], logits[valid], rtol=1e-8, atol=1e-9)
+    assert (found[~valid] == -torch.inf).all()
+    some = torch.tensor([1, 8, 30, 5, 22])
+    part = offer_loss(utility, offer, field, chosen, some)
+    within = torch.zeros(40, dtype=torch.bool).index_fill(0, some, True)
+    torch.testing.assert_close(part, oracle_loss(logits, target, valid & within), rtol=1e-9, atol=1e-10)
     loss, wanted = offer_loss(utility, offer, field, chosen), oracle_loss(logits, target, mask)
     torch.testing.assert_close(loss, wanted, rtol=1e-9, atol=1e-10)
     parameters = list(utility.parameters())
@@ -192,6 +197,18 @@ def test_bad_choices_are_named(chosen, message):
     utility = make()[0].float()
     with pytest.raises(ValueError, match=message):
         offer_loss(utility, OFFER, first_field(utility, OFFER), chosen)
+
+
+def test_padding_is_never_chosen_and_bad_features_are_named():
+    utility, elements = make(batch=(2,))
+    mask = torch.arange(40) < torch.tensor([[40], [31]])
+    offer = InMemory(elements, chunk_size=9, mask=mask)
+    with pytest.raises(ValueError, match=r"chosen: has elements of chunk 3 that are not offered \(padding\)"):
+        offer_loss(utility, offer, first_field(utility, offer), torch.tensor([3, 31]))
+    elements[1, 20] = torch.nan
+    for solve in (first_field, solve_offer):
+        with pytest.raises(ValueError, match=r"elements: 1 of 18 have features that are NaN.*in chunk 2.*element 18"):
+            solve(utility, InMemory(elements, chunk_size=9))
 
 
 def test_only_sums_scale():
