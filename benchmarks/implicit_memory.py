@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from benchmarks.memory import status_mib
 from benchmarks.report import report, table
 from distset.fixed_point import Implicit, Stop, Unrolled
 from distset.gains import Smoothed
@@ -48,10 +48,10 @@ def measure(method: str, steps: int, sets: int, n: int) -> None:
     warnings.simplefilter("ignore")  # "not converged": the number of iterations is the point here
     small, elements = torch.randn(1, 20, 2), torch.randn(sets, n, 2)
     oracle_loss(solve(method, 1, small), torch.arange(20).expand(1, 20) < 2).backward()
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = status_mib("VmHWM"), time.process_time()
     oracle_loss(solve(method, steps, elements), torch.arange(n).expand(sets, n) < n // 10).backward()
-    peak, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time() - start
-    print(json.dumps({"MB": (peak - before) / 1024, "seconds": seconds}))
+    peak, seconds = status_mib("VmHWM"), time.process_time() - start
+    print(json.dumps({"MB": peak - before, "seconds": seconds}))
 
 
 def cell(method: str, steps: int, sets: int, n: int) -> dict[str, float]:

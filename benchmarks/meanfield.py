@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import time
 import torch
 from torch import Tensor, nn
 
+from benchmarks.memory import status_mib
 from benchmarks.report import report, table
 from distset import InMemory
 from distset.gains import Drawn
@@ -98,14 +98,14 @@ def measure(method: str, n: int, train: bool) -> None:
     torch.manual_seed(0)
     METHODS[method](torch.randn(20, 2), train=train)
     elements = torch.randn(n, 2)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = status_mib("VmHWM")
     seconds: list[float] = []
     while sum(seconds) < 1.0:
         start = time.process_time()
         METHODS[method](elements, train=train)
         seconds.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": min(seconds), "MB": (peak - before) / 1024}))
+    peak = status_mib("VmHWM")
+    print(json.dumps({"seconds": min(seconds), "MB": peak - before}))
 
 
 def cell(method: str, n: int, train: bool) -> dict[str, float]:

@@ -34,26 +34,30 @@ GRADS = {"exact": Exact(), "sampled": Sampled(1), "full": Full()}
 FULL_LIMIT_MIB = 6000  # full autograd is not tried where it would need more
 
 
-def anonymous_mib() -> float:
+def status_mib(key: str) -> float:
+    """What this process holds: ``"RssAnon"`` is anonymous memory, ``"VmRSS"`` all, ``"VmHWM"`` the most of all so far.
+
+    Not ``ru_maxrss``, which a child begins with the peak of its parent.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
+        if line.startswith(key):
             return int(line.split()[1]) / 1024
-    raise RuntimeError("this kernel does not report RssAnon in /proc/self/status")
+    raise RuntimeError(f"this kernel does not report {key} in /proc/self/status")
 
 
 @contextmanager
 def peak_of_anonymous_memory() -> Iterator[Callable[[], float]]:
     """Watch the process from a thread, about every millisecond; the peak above the start, in MiB."""
-    start, peak, stop = anonymous_mib(), [0.0], threading.Event()
+    start, peak, stop = status_mib("RssAnon"), [0.0], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.001):
-            peak[0] = max(peak[0], anonymous_mib() - start)
+            peak[0] = max(peak[0], status_mib("RssAnon") - start)
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield lambda: max(peak[0], anonymous_mib() - start)
+        yield lambda: max(peak[0], status_mib("RssAnon") - start)
     finally:
         stop.set()
         thread.join()

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.memory import status_mib
 from benchmarks.report import report, table
 from distset.subsets import KSubset
 
@@ -81,16 +82,9 @@ def extended(logits: Tensor, k: int) -> tuple[float, list[int], np.ndarray]:
 def peak_mib(run: Callable[[], object]) -> float:
     """The peak of resident memory during ``run``, above what was there before."""
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status_mib("VmRSS")
     run()
-    return max(_status("VmHWM") - before, 0.0)
-
-
-def _status(key: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"this kernel does not report {key} in /proc/self/status")
+    return max(status_mib("VmHWM") - before, 0.0)
 
 
 def timed(run: Callable[[], Result], rounds: int) -> tuple[Result, float]:

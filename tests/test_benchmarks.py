@@ -1,8 +1,13 @@
 """What benchmarks are made of: that it runs, and says of known cases what is known."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 
-from benchmarks import oracle_gradients
+from benchmarks import oracle_gradients, sampling
+from benchmarks.memory import status_mib
 from distset.fixed_point import Implicit, OneStep
 from distset.gains import Drawn, Enumerated, Smoothed
 from distset.krylov import Dense
@@ -24,3 +29,21 @@ def test_the_slope_of_an_estimator_joins_exact_values(estimator, bar):
     exact = oracle_gradients.gradient(case, Enumerated(), Implicit(Dense()))
     mixed = oracle_gradients.gradient(case, oracle_gradients.SlopeOf(estimator, 0), Implicit(Dense()))
     assert oracle_gradients.relative(mixed, exact) < bar
+
+
+def test_the_bars_of_sampling_are_of_their_own_rows():
+    rows = [dict(zip(("batch", "n", "k", "samples"), case)) for case in sampling.CASES + sampling.LONG]
+    rows = [row | {"ratio": float(number)} for number, row in enumerate(rows)]
+    assert [value for value, _, _ in sampling.bars(rows).values()] == [0.0, 5.0]
+
+
+def test_memory_is_that_of_this_process_alone():
+    """A child's peak does not begin with its parent's, as its ``ru_maxrss`` does."""
+    ballast = np.ones(2**27, dtype=np.uint8)  # 128 MiB
+    code = "from benchmarks.memory import status_mib; print(status_mib('VmRSS'), status_mib('VmHWM'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    now, alone = map(float, done.stdout.split())
+    assert now <= alone < status_mib("VmHWM")
+    assert len(ballast) / 2**20 < status_mib("VmRSS")
+    with pytest.raises(RuntimeError, match="does not report VmNothing"):
+        status_mib("VmNothing")
