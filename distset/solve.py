@@ -18,7 +18,6 @@ the training loop's business.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -30,12 +29,11 @@ from torch.autograd.function import once_differentiable
 from distset.noise import Noise
 from distset.projections import Projection, check_projection, projection_for
 from distset.seeds import generator_for
-from distset.solvers.base import Solver, Status, TensorSolver, as_solver, check_costs, solve_checked
+from distset.solvers.base import Solver, Status, TensorSolver, as_solver, check_costs, solve_checked, solve_tensor_checked
 
 __all__ = [
     "IMLE",
     "Blackbox",
-    "CollapseAlarm",
     "Identity",
     "Informed",
     "Perturbed",
@@ -162,8 +160,7 @@ class Problem(NamedTuple):
         """Call the solver once: solutions, and which instances were left out (None: not one)."""
         cost = self.masked(cost.detach())
         if isinstance(self.solver, TensorSolver):
-            check_costs(self.solver, cost)
-            return self.solver.solve_tensor(cost), None
+            return solve_tensor_checked(self.solver, cost), None
         found = solve_checked(self.solver, cost.cpu().numpy())
         status = torch.from_numpy(found.status)
         self.statuses.append(status)
@@ -294,36 +291,6 @@ class Perturbed:
 
     def __repr__(self) -> str:
         return f"Perturbed({self.noise!r}, samples={self.samples})"
-
-
-class CollapseAlarm:
-    """Warns once when the norm of the costs falls below a fraction of what it was at first.
-
-    Without a margin or a projection a network can make its loss small by making all costs equal to 0, where solutions are
-    decided by rounding. Call it with the costs of every step; it returns their mean norm.
-
-    Args:
-        fraction: of the first mean norm.
-        ndim: dimensions of one instance.
-    """
-
-    def __init__(self, fraction: float = 0.1, ndim: int = 1) -> None:
-        self.fraction, self.ndim = fraction, ndim
-        self.first: float | None = None
-        self.rung = False
-
-    def __call__(self, cost: Tensor) -> float:
-        norm = cost.detach().flatten(-self.ndim).norm(dim=-1).mean().item()
-        if self.first is None:
-            self.first = norm
-        if not self.rung and norm < self.fraction * self.first:
-            self.rung = True
-            warnings.warn(
-                f"the mean cost norm fell from {self.first:.3g} to {norm:.3g}: the costs collapse; use a projection "
-                "(Identity(projection='auto')) or a margin (margin=TwoPoint(width))",
-                stacklevel=2,
-            )
-        return norm
 
 
 class _PassThrough(torch.autograd.Function):

@@ -29,7 +29,7 @@ SPINE = """
     solvers
     projections
     encode fixed_point expect
-    solve solvers.check
+    solve solvers.check collapse
     perturb_and_map
     gains
     mean_field large_offers

@@ -21,7 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["FunctionSolver", "Solved", "Solver", "Status", "TensorSolver", "TimeLimit", "as_solver", "solve_checked"]
+__all__ = [
+    "FunctionSolver",
+    "Solved",
+    "Solver",
+    "Status",
+    "TensorSolver",
+    "TimeLimit",
+    "as_solver",
+    "solve_checked",
+    "solve_tensor_checked",
+]
 
 Array = NDArray[np.generic]
 S = TypeVar("S", Tensor, "np.ndarray")
@@ -111,6 +121,10 @@ class TensorSolver(Solver):
     def solve(self, costs: np.ndarray) -> np.ndarray:
         return self.solve_tensor(torch.tensor(costs)).numpy()
 
+    def feasible_tensor(self, solutions: Tensor) -> Tensor:
+        """`feasible` for solutions on any device; override it where a copy to the CPU is to be spared."""
+        return torch.as_tensor(self.feasible(solutions.cpu().numpy()), device=solutions.device)
+
 
 class FunctionSolver(Solver):
     """A bare function ``costs (B, *instance) -> solutions`` with its declaration.
@@ -191,20 +205,48 @@ def solve_checked(solver: Solver, costs: np.ndarray) -> Solved:
     if len(costs) == 0:
         return Solved(np.zeros_like(costs), np.zeros(0, np.int8))
     solutions, status = solver.solve_status(costs)
-    if not isinstance(solutions, np.ndarray) or solutions.shape != costs.shape:
-        came = solutions.shape if isinstance(solutions, np.ndarray) else type(solutions).__name__
-        raise ValueError(f"{solver}: returned solutions of shape {came}, wanted {costs.shape}, the shape of the costs")
+    _check_returned(solver, solutions, costs)
     status = apply_limit(solver, status)
     skipped = status == Status.NOTHING
     if skipped.any():
         solutions = np.where(skipped.reshape(-1, *[1] * (solutions.ndim - 1)), 0, solutions)
     finite = np.isfinite(solutions).reshape(len(solutions), -1).all(1)
-    good = finite & solver.feasible(solutions) | skipped
-    if not good.all():
-        worst = int(np.argmin(good))
-        why = "infeasible" if finite[worst] else "not finite"
-        raise ValueError(f"{solver}: its solution of instance {worst} of {len(costs)} is {why}; the solver is at fault")
+    _check_good(solver, torch.from_numpy(finite), torch.from_numpy(solver.feasible(solutions) | skipped))
     return Solved(solutions, status)
+
+
+def solve_tensor_checked(solver: TensorSolver, costs: Tensor) -> Tensor:
+    """`solve_checked` for costs that stay on their device; solutions ``(B, *instance)`` of the same device and dtype.
+
+    Raises:
+        ValueError: as in `solve_checked`.
+    """
+    check_costs(solver, costs)
+    if len(costs) == 0:
+        return torch.zeros_like(costs)
+    solutions = solver.solve_tensor(costs)
+    _check_returned(solver, solutions, costs)
+    finite = (solutions.flatten(1) * 0).sum(1) == 0  # many times quicker than isfinite().all(1)
+    _check_good(solver, finite, solver.feasible_tensor(solutions))
+    return solutions.to(costs)
+
+
+def _check_returned(solver: Solver, solutions: object, costs: np.ndarray | Tensor) -> None:
+    kind = Tensor if isinstance(costs, Tensor) else np.ndarray
+    if not isinstance(solutions, kind) or solutions.shape != costs.shape:
+        came = tuple(solutions.shape) if isinstance(solutions, kind) else type(solutions).__name__
+        raise ValueError(
+            f"{solver}: returned solutions of shape {came}, wanted {tuple(costs.shape)}, the shape of the costs"
+        )
+
+
+def _check_good(solver: Solver, finite: Tensor, feasible: Tensor) -> None:
+    """Raise ValueError for the first instance whose solution is not finite or not feasible, bool ``(B,)`` each."""
+    good = finite & feasible
+    if not good.all():
+        worst = int((~good).nonzero()[0])
+        why = "infeasible" if finite[worst] else "not finite"
+        raise ValueError(f"{solver}: its solution of instance {worst} of {len(good)} is {why}; the solver is at fault")
 
 
 def check_costs(solver: Solver, costs: Tensor) -> None:

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distset.collapse import CollapseAlarm
 from distset.seeds import generator_for
 from distset.sets import ChunkedSet
-from distset.solve import CollapseAlarm, Identity, Strategy, solve
+from distset.solve import Identity, Strategy, solve
 from distset.solvers.base import Solver
 from distset.solvers.tour import Tour
 from distset.train import Example, Parts
@@ -90,7 +91,7 @@ class GlobeTask:
 
     def __init__(self, model: GlobeTour, *, gradient_noise: float = 0.0, at_once: int = 50) -> None:
         self.model, self.gradient_noise, self.at_once = model, gradient_noise, at_once
-        self.alarm = CollapseAlarm(ndim=2)
+        self.alarm = model.alarm = CollapseAlarm(ndim=2)  # within the model: checkpoints keep its state
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """`hamming` of one combination, or of a batch of them."""
@@ -115,11 +116,11 @@ class GlobeTask:
         return torch.stack([solve(costs, self.model.solver, grad=self.model.grad, seed=0), costs])
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
-        """The share of tours without a mistake (the papers' accuracy), the loss, and the norm of the costs."""
+        """The share of tours without a mistake (the papers' accuracy), the loss, and the alarm's figures."""
         found, costs = (torch.cat([output[i].flatten(0, -3) for output in outputs]) for i in (0, 1))
         truth = torch.cat([tour.flatten(0, -3) for _, tour in targets])
-        norm = costs.flatten(1).norm(dim=1).mean().item()
-        return {"accuracy": perfect(found, truth), "loss": hamming(found, truth).item(), "cost_norm": norm}
+        alarm = self.alarm.figures(costs)
+        return {"accuracy": perfect(found, truth), "loss": hamming(found, truth).item(), **alarm}
 
     def draw(self, folder: Path, parts: Parts) -> None:
         """Test tours on a map of the world: true and found."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distset.collapse import CollapseAlarm
 from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy, solve
 from distset.solvers.assignment import Assignment
@@ -58,28 +59,32 @@ class MatchingTask:
 
     def __init__(self, model: nn.Module, n: int, grad: Strategy, *, at_once: int = 32) -> None:
         self.model, self.n, self.grad, self.at_once, self.solver = model, n, grad, at_once, Assignment()
+        self.alarm = model.alarm = CollapseAlarm(ndim=2)  # within the model: checkpoints keep its state
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """Wrong matches of a pair, on average over a batch of them."""
         return self.batch_loss([example], seed=seed)
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
-        """Wrong matches a pair: entries of the matching that differ, halved."""
+        """Wrong matches a pair: entries of the matching that differ, halved; the alarm rings where the costs collapse."""
         costs = torch.cat([self._costs(example.set) for example in examples])
+        self.alarm(costs)
         truth = torch.cat([example.target for example in examples]).to(costs.device)
         found = solve(costs, self.solver, grad=self.grad, truth=truth, seed=seed)
         return (found * (1 - truth) + (1 - found) * truth).sum((1, 2)).mean() / 2
 
     def predict(self, set: ChunkedSet) -> Tensor:
-        """The matching ``(B, n, m)``."""
-        return solve(self._costs(set), self.solver, grad=self.grad, seed=0)
+        """The matching and the costs it was found by, ``(2, B, n, m)``."""
+        costs = self._costs(set)
+        return torch.stack([solve(costs, self.solver, grad=self.grad, seed=0), costs])
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
-        """The share of points matched rightly, and the wrong matches a pair."""
-        found, truth = torch.cat(list(outputs)), torch.cat(list(targets))
+        """The share of points matched rightly, the wrong matches a pair, and the alarm's figures."""
+        (found, costs), truth = torch.cat(list(outputs), 1), torch.cat(list(targets))
         return {
             "accuracy": ((found * truth).sum((1, 2)) / truth.sum((1, 2))).mean().item(),
             "loss": ((found - truth).abs().sum((1, 2)) / 2).mean().item(),
+            **self.alarm.figures(costs),
         }
 
     def draw(self, folder: Path, parts: Parts) -> None:
@@ -88,7 +93,7 @@ class MatchingTask:
 
         example = parts.test[0]
         with torch.no_grad():
-            found = self.predict(example.set)
+            found = self.predict(example.set)[0]
         points = _points(example.set)[:6, :, :2]
         plot_matches(points[:, : self.n], points[:, self.n :], example.target[:6], found[:6].cpu(), folder / "matches.png")
 

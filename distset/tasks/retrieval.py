@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distset.collapse import CollapseAlarm
 from distset.losses import recall_at, recall_loss
+from distset.projections import project_mean
 from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy
 from distset.train import Example
@@ -61,16 +63,19 @@ class RetrievalTask:
 
     def __init__(self, model: nn.Module, grad: Strategy, *, margin: float = 0.0, at_once: int = 128) -> None:
         self.model, self.grad, self.margin, self.at_once = model, grad, margin, at_once
+        self.alarm = model.alarm = CollapseAlarm(ndim=1)  # within the model: checkpoints keep its state
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """`recall_loss` within one set."""
         return self.batch_loss([example], seed=seed)
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
-        """`recall_loss` over all elements of the examples, each a query against the others."""
+        """`recall_loss` over all elements of the examples, each a query against the others; the alarm rings where the scores
+        become one."""
         elements = torch.cat([example.set.whole().elements for example in examples])
         embedded = self.model(elements.to(next(self.model.parameters()).device))
         scores, relevant = _against_others(embedded, torch.cat([example.target for example in examples]))
+        self.alarm(project_mean(scores))
         return recall_loss(scores, relevant, grad=self.grad, margin=self.margin)
 
     def predict(self, set: ChunkedSet) -> Tensor:
@@ -78,10 +83,14 @@ class RetrievalTask:
         return self.model(set.whole().elements.to(next(self.model.parameters()).device))
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
-        """Recall@1, @4, @16 of every element against all others, and the recall loss."""
+        """Recall@1, @4, @16 of every element against all others, the recall loss, and the alarm's figures.
+
+        Ranking sees differences alone, so that the norm is that of the scores without their mean: unit vectors that have
+        become one have scores of 1.
+        """
         scores, relevant = _against_others(torch.cat(list(outputs)), torch.cat(list(targets)))
         found = {f"recall@{k}": recall_at(scores, relevant, k).item() for k in (1, 4, 16) if k <= scores.shape[-1]}
-        return {**found, "loss": recall_loss(scores, relevant).item()}
+        return {**found, "loss": recall_loss(scores, relevant).item(), **self.alarm.figures(project_mean(scores))}
 
 
 def retrieval_task(

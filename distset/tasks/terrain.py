@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distset.collapse import CollapseAlarm
 from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy, solve
 from distset.solvers.base import Solver
@@ -71,16 +72,19 @@ class TerrainTask:
 
     def __init__(self, model: nn.Module, grad: Strategy, solver: Solver, *, at_once: int = 32) -> None:
         self.model, self.grad, self.solver, self.at_once = model, grad, solver, at_once
+        self.alarm = model.alarm = CollapseAlarm(ndim=2)  # within the model: checkpoints keep its state
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """`path_loss` of one map, or of a batch of them."""
         return self.batch_loss([example], seed=seed)
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
-        """`path_loss` over all maps of the examples."""
+        """`path_loss` over all maps of the examples; the alarm rings where the costs collapse."""
         pictures = torch.cat([self._pictures(example.set) for example in examples])
         truth = torch.cat([example.target[1] for example in examples]).to(pictures.device)
-        return path_loss(solve(self.model(pictures), self.solver, grad=self.grad, truth=truth, seed=seed), truth)
+        costs = self.model(pictures)
+        self.alarm(costs)
+        return path_loss(solve(costs, self.solver, grad=self.grad, truth=truth, seed=seed), truth)
 
     def predict(self, set: ChunkedSet) -> Tensor:
         """The path and the costs it was found by, ``(2, *, H, W)``."""
@@ -88,14 +92,14 @@ class TerrainTask:
         return torch.stack([solve(costs, self.solver, grad=self.grad, seed=0), costs])
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
-        """`cost_ratio`, the share of paths that are the true ones cell by cell, the loss, and the norm of the costs."""
+        """`cost_ratio`, the share of paths that are the true ones cell by cell, the loss, and the alarm's figures."""
         found, predicted = (torch.cat([output[i] for output in outputs]) for i in (0, 1))
         costs, paths = (torch.cat([target[i] for target in targets]) for i in (0, 1))
         return {
             "cost_ratio": cost_ratio(found, costs, paths),
             "accuracy": (found == paths).flatten(1).all(1).double().mean().item(),
             "loss": path_loss(found, paths).item(),
-            "cost_norm": predicted.flatten(1).norm(dim=1).mean().item(),
+            **self.alarm.figures(predicted),
         }
 
     def draw(self, folder: Path, parts: Parts) -> None:

@@ -86,8 +86,21 @@ def test_a_solver_that_looks_at_the_scale():
     instances[:, 0] = 0.0  # clear, but not when scaled down
     with pytest.raises(AssertionError, match=r"scale_free is declared, but scaled costs"):
         check_solver(timid, instances)
-    with pytest.raises(AssertionError, match=r"costs moved along|y\(P\(w\)\)"):
+    with pytest.raises(AssertionError, match="costs moved along the hyperplane's normal have another solution"):
         check_solver(FunctionSolver(lambda w: cheapest(w * np.sign(w.sum(1, keepdims=True))), hyperplane=1.0), instances)
+
+
+def test_a_solver_that_only_the_projection_misleads():
+    def shy_of_zero_mean(w):  # scaled costs and costs moved along the normal it gets right, standardised ones wrong
+        standardised = abs(w.mean(1, keepdims=True)) < 1e-9
+        return cheapest(np.where(standardised, -w, w))
+
+    solver = FunctionSolver(shy_of_zero_mean, hyperplane=1.0)
+    with pytest.raises(AssertionError, match=r"y\(P\(w\)\) is not y\(w\): worse by 0\.\d+; declare another projection"):
+        check_solver(solver, costs(5))
+    errors = check_solver(solver, costs(5), exact=False)
+    assert errors.projection > 0.1
+    assert max(errors[:3]) < 1e-15
 
 
 def test_one_instance_is_too_few():

@@ -11,14 +11,13 @@ from distset.projections import Plane, project_mean, project_norm, project_std
 from distset.solve import (
     IMLE,
     Blackbox,
-    CollapseAlarm,
     Identity,
     Informed,
     Perturbed,
     solve,
     solve_with_status,
 )
-from distset.solvers import FunctionSolver, Ranking, Solved, Solver, Status, TimeLimit, TopK
+from distset.solvers import FunctionSolver, Ranking, Solved, Solver, Status, TensorSolver, TimeLimit, TopK
 
 F64 = torch.float64
 STRATEGIES = [
@@ -406,23 +405,57 @@ def test_an_infeasible_solution_is_named():
         solve(torch.ones(2, 4), Liar(cube()))
 
 
+class Kernel(TensorSolver):
+    """A tensor kernel ``fn``; its structures are those with two ones."""
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def solve_tensor(self, costs):
+        return self.fn(costs)
+
+    def feasible(self, solutions):
+        return (solutions.sum(1) == 2) & np.isin(solutions, (0, 1)).all(1)
+
+
+def second_is(value):
+    def fn(w):
+        y = TopK(2).solve_tensor(w)
+        y[1] = value
+        return y
+
+    return fn
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (
+            lambda w: torch.full_like(w, torch.nan),
+            r"Kernel\(\): its solution of instance 0 of \d+ is not finite; the solver",
+        ),
+        (second_is(torch.inf), r"instance 1 of \d+ is not finite; the solver is at fault"),
+        (second_is(1.0), r"instance 1 of \d+ is infeasible; the solver is at fault"),
+        (lambda w: w[:, :2], r"Kernel\(\): returned solutions of shape \(\d+, 2\), wanted \(\d+, 4\)"),
+        (lambda w: w.numpy(), "returned solutions of shape ndarray"),
+    ],
+)
+def test_what_a_tensor_kernel_returns_is_checked(fn, message, strategy):
+    with pytest.raises(ValueError, match=message):
+        solve(randn(3, 4), Kernel(fn), grad=strategy)
+
+
+def test_a_tensor_kernel_that_fails_in_the_second_call_is_named_too():
+    answers = iter([TopK(2).solve_tensor, second_is(torch.nan)])
+    w = randn(3, 4).requires_grad_()
+    y = solve(w, Kernel(lambda costs: next(answers)(costs)), grad=Blackbox(1.0))
+    with pytest.raises(ValueError, match="instance 1 of 3 is not finite"):
+        y[:, 0].sum().backward()
+
+
 def test_a_gradient_that_is_not_finite_is_told_from_a_cost():
     w = randn(2, 4).requires_grad_()
     y = solve(w, TopK(1), grad=Blackbox(1.0))
     with pytest.raises(ValueError, match=r"gradient of the loss .* NaN"):
         (y * torch.nan).sum().backward()
-
-
-def test_collapse_alarm_rings_once():
-    alarm, w = CollapseAlarm(), randn(8, 5)
-    assert alarm(w) == pytest.approx(w.norm(dim=1).mean().item())
-    alarm(0.11 * w)
-    with pytest.warns(UserWarning, match="the costs collapse; use a projection"):
-        alarm(0.09 * w)
-    alarm(0.01 * w)
-    assert alarm.rung
-
-
-def test_alarm_takes_grids():
-    w = randn(8, 3, 5)
-    assert CollapseAlarm(ndim=2)(w) == pytest.approx(w.flatten(1).norm(dim=1).mean().item())

@@ -71,6 +71,15 @@ def test_tensors_and_arrays_agree(solver):
     assert np.array_equal(found, solver.solve_tensor(torch.from_numpy(costs)).numpy())
     assert solver.feasible(found).all()
     assert not solver.feasible(found + 1).any()
+    assert solver.feasible_tensor(torch.from_numpy(found)).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, 0, 2.5, 2, 9, 1e30, np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("solver", [TopK(3), Ranking()], ids=repr)
+def test_one_wrong_entry_is_no_structure(solver, wrong):
+    found = solver.solve(np.arange(8.0)[None])
+    found[0, 7] = wrong  # 1 for both: the highest score
+    assert not solver.feasible(found)[0]
 
 
 # Assignment
