@@ -6,7 +6,10 @@ import pytest
 import torch
 from laws.zoo import DIM, encoders
 
-from distset import DSMIL, InMemory, Stream, encode_set
+from distset import DSMIL, DeepSets, InMemory, Stream, encode_set
+from distset.encoders import ChunkEncoder
+from distset.states import TopK
+from distset.tasks.document_models import deepsets, sse, umbc_set_transformer
 
 X = torch.randn(48, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ONE_SWEEP = [name for name, encoder in encoders().items() if not hasattr(encoder, "stages")]
@@ -86,7 +89,8 @@ def test_memory_is_a_state_for_each_gap():
     (torch.zeros(3, DIM + 1), "wanted at least one element of shape"),
     (torch.zeros(0, DIM), "at least one element"),
     (torch.zeros(DIM), "got shape"),
-    (torch.full((2, DIM), torch.nan), "NaN or infinite"),
+    (torch.full((2, DIM), torch.nan), "NaN or infinite as torch.float64"),
+    (torch.full((2, DIM), 1e308, dtype=torch.float64), "the encoder makes NaN or infinities of them"),
 ])  # fmt: skip
 def test_bad_chunks_are_refused_and_change_nothing(elements, said):
     stream = encoders()["sse"].double().eval().stream()
@@ -95,6 +99,47 @@ def test_bad_chunks_are_refused_and_change_nothing(elements, said):
     with pytest.raises(ValueError, match=said):
         stream.add(elements.double())
     assert torch.equal(flat(stream.value()), before)
+
+
+def test_finite_is_what_the_encoder_computes_with():
+    encoder = encoders()["sse"].eval()
+    stream = encoder.stream()
+    with pytest.raises(ValueError, match=r"NaN or infinite as torch\.float32"):
+        stream.add(1e300 * torch.ones(2, DIM + 1, dtype=torch.float64))
+    assert stream.add(X[:4])  # a chunk that was refused does not fix the shape of elements
+
+
+def test_free_places_of_the_best_few_are_no_reason_to_refuse():
+    class BestThree(ChunkEncoder):
+        def encode(self, chunk, query):
+            return TopK.of(chunk.elements[:, 0], chunk.elements, torch.arange(chunk.size), 3)
+
+    stream = BestThree().stream()
+    assert stream.add(X[:1])
+    assert stream.add(X[1:2])
+    assert stream.state().scores.isfinite().tolist() == [True, True, False]
+
+
+def test_a_stream_of_words_is_saved_and_goes_on(tmp_path):
+    torch.manual_seed(0)
+    words = torch.randint(0, 30, (20, 1))
+    for encoder, _ in (deepsets(30, 2, width=8), sse(30, 2, width=8, slots=4), umbc_set_transformer(30, 2, width=8)):
+        whole, part = encoder.stream(), encoder.stream()
+        for number, chunk in enumerate(words.split(4)):
+            whole.add(chunk)
+            if number != 2:
+                part.add(chunk, number)
+        part.save(tmp_path / "words")
+        again = Stream.load(encoder, tmp_path / "words")
+        assert again.add(words[8:12], 2)
+        assert torch.equal(flat(again.value()), flat(whole.value()))
+
+
+def test_an_empty_stream_of_images_is_saved(tmp_path):
+    encoder = DeepSets(torch.nn.Flatten()).eval()
+    encoder.stream(element_ndim=3, seed=4).save(tmp_path / "none")
+    again = Stream.load(encoder, tmp_path / "none")
+    assert (len(again), again.element_ndim, again.seed) == (0, 3, 4)
 
 
 def test_what_cannot_be_streamed(tmp_path):

@@ -7,20 +7,21 @@
 ``GET /``                               the model: its classes and the elements it takes
 ======================================= ==================================================================
 
-A chunk that was answered 200 is on disk (`distset.stream_store`), so replicas may die and be restarted, and there may be
-several of them on one shared folder. Chunks are known by their numbers: a client that got no answer sends its chunk again.
-Errors of the client are answered 4xx with ``{"error": reason}``.
+An id is quoted as ever in a URL, ``/`` as ``%2F``. A chunk that was answered 200 is on disk (`distset.stream_store`), so
+replicas may die and be restarted, and there may be several of them on one shared folder. Chunks are known by their numbers:
+a client that got no answer sends its chunk again. Errors of the client are answered 4xx with ``{"error": reason}``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import re
 import threading
-import time
 from typing import Any
+from urllib.parse import unquote
 
 import torch
 from ray import serve
@@ -39,6 +40,8 @@ SET = re.compile(r"/sets/(?P<set>[^/]+)")
 LARGEST = 256 * 2**20
 """Bytes of a body."""
 
+log = logging.getLogger(__name__)
+
 
 class SetServer:
     """One replica.
@@ -55,18 +58,23 @@ class SetServer:
         self.task = trained.load_task()
         self.shape = tuple(trained.element_shape)
         self.store = StreamStore(folder, self.task.model.encoder, self.shape)
+        self._closed = threading.Event()
         if idle_seconds is not None:
-            threading.Thread(target=self._forget, args=(idle_seconds,), daemon=True).start()
+            threading.Thread(target=self._expire, args=(idle_seconds,), daemon=True).start()
+
+    def close(self) -> None:
+        """End the expiry of idle sets."""
+        self._closed.set()
 
     async def __call__(self, request: Request) -> Response:
-        path = request.url.path.rstrip("/") or "/"
+        path = request.scope["raw_path"].decode().rstrip("/") or "/"  # as it was quoted: an id may have slashes
         try:
             if (found := CHUNK.fullmatch(path)) and request.method == "POST":
-                return await self._take(request, found["set"], int(found["number"]))
+                return await self._take(request, _id(found["set"]), int(found["number"]))
             if (found := SET.fullmatch(path)) and request.method == "GET":
-                return await asyncio.to_thread(self._predict, found["set"])
+                return await asyncio.to_thread(self._predict, _id(found["set"]))
             if (found := SET.fullmatch(path)) and request.method == "DELETE":
-                gone = await asyncio.to_thread(self.store.drop, found["set"])
+                gone = await asyncio.to_thread(self.store.drop, _id(found["set"]))
                 return JSONResponse({"deleted": gone}, 200 if gone else 404)
             if path == "/" and request.method == "GET":
                 return JSONResponse({"classes": self.task.classes, "element_shape": self.shape})
@@ -77,9 +85,9 @@ class SetServer:
         return _refuse(404, f"{path}: wanted /sets/ID or /sets/ID/chunks/NUMBER")
 
     async def _take(self, request: Request, set_id: str, number: int) -> Response:
-        if int(request.headers.get("content-length", 0)) > LARGEST:
+        body = await _body(request)
+        if body is None:
             return _refuse(413, f"body: is larger than {LARGEST:,} bytes; send smaller chunks")
-        body = await request.body()
         taken = await asyncio.to_thread(lambda: self.store.take(set_id, number, self._elements(body)))
         return JSONResponse(taken._asdict())
 
@@ -99,14 +107,18 @@ class SetServer:
         except KeyError:
             return _refuse(404, f"set {set_id!r}: nothing has come for it, or it was idle too long")
         with torch.no_grad():
-            probabilities = self.task.predict_encoding(encoding).tolist()
-        answer = {"probabilities": dict(zip(self.task.classes, probabilities)), "chunks": taken.chunks}
+            probabilities = self.task.predict_encoding(encoding)
+        if not bool(probabilities.isfinite().all()):
+            raise ValueError(f"set {set_id!r}: is too large for the model's precision; delete it, and scale its elements")
+        answer = {"probabilities": dict(zip(self.task.classes, probabilities.tolist())), "chunks": taken.chunks}
         return JSONResponse({**answer, "elements": taken.elements})
 
-    def _forget(self, idle_seconds: float) -> None:
-        while True:
-            time.sleep(min(60.0, max(0.1, idle_seconds / 4)))
-            self.store.expire(idle_seconds)
+    def _expire(self, idle_seconds: float) -> None:
+        while not self._closed.wait(min(60.0, max(0.1, idle_seconds / 4))):
+            try:
+                self.store.expire(idle_seconds)
+            except OSError:
+                log.exception("idle sets could not be forgotten; it is tried again")
 
 
 def serve_sets(
@@ -132,6 +144,21 @@ def serve_sets(
     )
     serve.run(deployment.bind(run, folder, idle_seconds), name="distset", route_prefix="/")
     return f"http://{host}:{port}"
+
+
+async def _body(request: Request) -> bytes | None:
+    """The body; None where it is too large, which is counted as it comes: a client need not say beforehand, nor be right."""
+    parts, size = [], 0
+    async for part in request.stream():
+        parts.append(part)
+        size += len(part)
+        if size > LARGEST:
+            return None
+    return b"".join(parts)
+
+
+def _id(quoted: str) -> str:
+    return unquote(quoted, errors="strict")
 
 
 def _refuse(status: int, reason: str) -> Response:

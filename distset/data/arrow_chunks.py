@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,7 +32,9 @@ def write_chunk(elements: Tensor) -> bytes:
 
 
 def read_chunk(body: bytes) -> Tensor:
-    """The vectors of an Arrow stream or file: a column of lists of one length, or numeric columns side by side.
+    """The vectors of an Arrow stream or file: a column of lists of one length, or columns side by side, of numbers.
+
+    Floats keep their precision; integers come as float32.
 
     Raises:
         ValueError: for bytes that are no Arrow data, columns of another kind, missing values, no rows.
@@ -39,24 +43,31 @@ def read_chunk(body: bytes) -> Tensor:
     try:
         reader = pa.ipc.open_file(body) if body[:6] == b"ARROW1" else pa.ipc.open_stream(body)
         table = reader.read_all()
-    except (pa.ArrowInvalid, OSError) as error:
+        table.validate(full=True)  # lengths and offsets are the sender's
+    except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0] or "it is empty"
         raise ValueError(f"body: is no Arrow stream or file: {reason}") from error
     if table.num_rows == 0 or table.num_columns == 0:
         raise ValueError(f"body: has {table.num_rows} rows of {table.num_columns} columns, wanted at least one element")
     columns = [column.combine_chunks() for column in table.columns]
-    if any(column.null_count for column in columns):
+    lists = len(columns) == 1 and _one_length(columns[0])
+    parts = [columns[0].flatten()] if lists else columns
+    if any(part.null_count for part in (*columns, *parts)):
         raise ValueError("body: has missing values; drop those elements or fill them")
-    if len(columns) == 1 and pa.types.is_fixed_size_list(columns[0].type):
-        values = columns[0].flatten().to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
-    else:
-        try:
-            values = np.stack([column.to_numpy(zero_copy_only=False).astype(np.float32) for column in columns], 1)
-        except (TypeError, ValueError) as error:
-            kinds = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
-            raise ValueError(
-                f"body: has the columns {kinds}, wanted numbers, or one column of lists of one length"
-            ) from error
-    if values.dtype not in (np.float16, np.float32, np.float64):
-        values = values.astype(np.float32)
-    return torch.from_numpy(np.array(values))
+    if not all(pa.types.is_integer(part.type) or pa.types.is_floating(part.type) for part in parts):
+        kinds = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
+        raise ValueError(f"body: has the columns {kinds}, wanted numbers, or one column of lists of numbers, all as long")
+    arrays = [part.to_numpy(zero_copy_only=False) for part in parts]
+    values = arrays[0].reshape(table.num_rows, -1) if lists else np.stack(arrays, 1)
+    return torch.from_numpy(np.array(values, dtype=None if values.dtype.kind == "f" else np.float32))
+
+
+def _one_length(column: Any) -> bool:
+    """Whether a column has lists, all as long as the first."""
+    pa = need("pyarrow")
+    if pa.types.is_fixed_size_list(column.type):
+        return column.type.list_size > 0
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        return False
+    lengths = column.value_lengths()
+    return lengths.null_count == 0 and lengths[0].as_py() > 0 and len(lengths.unique()) == 1

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from distset.files import draft_for, publish
 from distset.seeds import generator_for
 from distset.sets import Chunk
-from distset.states import merge_nodes
+from distset.states import TopK, merge_nodes
 
-__all__ = ["Node", "Place", "Stream", "climb", "covered", "fingerprint", "state_tensors"]
+__all__ = ["Node", "Place", "Stream", "climb", "covered", "fingerprint", "like_of", "state_tensors"]
 
-FORMAT = "distset stream 1"
+FORMAT = "distset stream 2"
 Place = tuple[int, int]
 """``(level, position)`` in the merge tree: chunks ``position * 2**level`` to before ``(position + 1) * 2**level``."""
 
@@ -83,8 +83,8 @@ class Stream:
             )
         self.encoder, self.element_ndim, self.seed = encoder, element_ndim, seed
         self.nodes: dict[Place, Node] = {}
-        self._shape: tuple[int, ...] | None = None
-        self._like: Any = None  # a state, for its structure
+        self._like: Tensor | None = None  # no elements, of the shape and dtype of all
+        self._pattern: Any = None  # a state, for its structure
         with torch.no_grad():
             self._query = encoder.query(torch.Size(), generator_for(seed, "query"), None)
 
@@ -109,29 +109,47 @@ class Stream:
         """Take a chunk; returns whether it was new.
 
         Args:
-            elements: ``(N, *element)``, N at least 1, finite.
+            elements: ``(N, *element)``, N at least 1, finite in the encoder's precision.
             number: of the chunk, from 0; the next one if None.
 
         Raises:
-            ValueError: for elements of another shape than before, none, or not finite; a negative number.
+            ValueError: for elements of another shape than before, none, or not finite; a negative number. Nothing has
+                changed then.
         """
         number = self.next_number if number is None else number
         if number < 0:
             raise ValueError(f"number: got {number}, wanted a chunk number from 0")
         if number in self:
             return False
-        self._insert((0, number), Node(self.state_of(elements, number), len(elements)))
+        state = self.state_of(elements, number)
+        self._like = like_of(elements) if self._like is None else self._like
+        self._insert((0, number), Node(state, len(elements)))
         return True
 
     def state_of(self, elements: Tensor, number: int) -> Any:
-        """The state of one chunk, without taking it."""
-        self._check(elements)
+        """The state of one chunk, without taking it.
+
+        Raises:
+            ValueError: as in `add`, and where the encoder makes NaN or infinities of finite elements.
+        """
+        self._check_shape(elements)
+        chunk = self._cast(Chunk(elements, None, number, 0, self.element_ndim))
+        if not bool(chunk.elements.isfinite().all()):
+            raise ValueError(f"elements: some are NaN or infinite as {chunk.elements.dtype}; clean or drop them")
+        state = self._encode(chunk)
+        if not _finite(state):
+            raise ValueError("elements: the encoder makes NaN or infinities of them; are they scaled as in its training?")
+        return state
+
+    def _cast(self, chunk: Chunk) -> Chunk:
         first = next((p for p in self.encoder.parameters() if p.is_floating_point()), None)
-        chunk = Chunk(elements, None, number, 0, self.element_ndim)
+        return chunk if first is None else chunk.to(first.device, first.dtype)
+
+    def _encode(self, chunk: Chunk) -> Any:
         training = self.encoder.training
         with torch.no_grad():
             try:
-                return self.encoder.eval()(chunk if first is None else chunk.to(first.device, first.dtype), self._query)
+                return self.encoder.eval()(chunk, self._query)
             finally:
                 self.encoder.train(training)
 
@@ -162,7 +180,7 @@ class Stream:
             raise ValueError(f"other: both have chunk {both[1] << both[0]}; give each place its own chunk numbers")
         for place, node in other.nodes.items():
             self._insert(place, node)
-        self._shape = self._shape or other._shape
+        self._like = other._like if self._like is None else self._like
 
     def _overlaps(self, place: Place) -> bool:
         return covered(self.nodes, place) or any(covered([place], own) for own in self.nodes)
@@ -179,11 +197,13 @@ class Stream:
         for (level, position), node in self.nodes.items():
             for field, tensor in enumerate(state_tensors(node.state)):
                 tensors[f"{level}.{position}.{field}"] = tensor.contiguous().clone()
+        if self._like is not None:
+            tensors["like"] = self._like
         about = {
             "format": FORMAT,
             "seed": str(self.seed),
             "weights": fingerprint(self.encoder),
-            "element": json.dumps(self._shape),
+            "element_ndim": str(self.element_ndim),
             "counts": json.dumps([[*place, node.elements] for place, node in self.nodes.items()]),
         }
         path = Path(path)
@@ -211,31 +231,33 @@ class Stream:
             raise ValueError(f"path: {path} is no stream of this version (its format is {about.get('format')!r})")
         if about["weights"] != fingerprint(encoder):
             raise ValueError(f"path: {path} was made by an encoder of other weights; its states mean nothing to this one")
-        shape = json.loads(about["element"])
-        stream = cls(encoder, element_ndim=1 if shape is None else len(shape), seed=int(about["seed"]))
-        for level, position, count in json.loads(about["counts"]):
-            state = stream.rebuild(
-                shape,
-                [tensors[f"{level}.{position}.{i}"] for i in range(len(tensors)) if f"{level}.{position}.{i}" in tensors],
-            )
-            stream.nodes[level, position] = Node(state, count)
+        stream = cls(encoder, element_ndim=int(about["element_ndim"]), seed=int(about["seed"]))
+        if "like" in tensors:
+            stream._like = like = tensors.pop("like")
+            for level, position, count in json.loads(about["counts"]):
+                fields = [f"{level}.{position}.{i}" for i in range(len(tensors))]
+                state = stream.rebuild([tensors[name] for name in fields if name in tensors], like)
+                stream.nodes[level, position] = Node(state, count)
         return stream
 
-    def rebuild(self, shape: list[int], tensors: list[Tensor]) -> Any:
-        """A state of this encoder from its tensors, in the order of its fields."""
-        if self._like is None:
-            self._like = self.state_of(torch.zeros(1, *shape), 0)
-        return _filled(self._like, iter(tensors))
+    def rebuild(self, tensors: list[Tensor], like: Tensor) -> Any:
+        """A state of this encoder from its tensors, in the order of its fields.
 
-    def _check(self, elements: Tensor) -> None:
-        known = self._shape
+        Args:
+            tensors: as `state_tensors` gave them.
+            like: the `like_of` elements: some encoders take but words, others images.
+        """
+        if self._pattern is None:
+            zero = like.new_zeros(1, *like.shape[1:])
+            self._pattern = self._encode(self._cast(Chunk(zero, None, 0, 0, self.element_ndim)))
+        return _filled(self._pattern, iter(tensors))
+
+    def _check_shape(self, elements: Tensor) -> None:
+        known = None if self._like is None else tuple(self._like.shape[1:])
         fits = elements.dim() == self.element_ndim + 1 if known is None else tuple(elements.shape[1:]) == known
         if not fits or len(elements) == 0:
             wanted = f"{self.element_ndim} dimensions each" if known is None else f"shape {known} each"
             raise ValueError(f"elements: got shape {tuple(elements.shape)}, wanted at least one element of {wanted}")
-        if elements.is_floating_point() and not bool(elements.isfinite().all()):
-            raise ValueError("elements: some are NaN or infinite; clean or drop them")
-        self._shape = tuple(elements.shape[1:])
 
 
 def fingerprint(encoder: nn.Module) -> str:
@@ -247,6 +269,11 @@ def fingerprint(encoder: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def like_of(elements: Tensor) -> Tensor:
+    """``(0, *element)``: no elements, of the shape and dtype of these."""
+    return elements.new_empty((0, *elements.shape[1:]))
+
+
 def state_tensors(state: Any) -> Iterator[Tensor]:
     """The tensors of a state, field by field."""
     for part in state:
@@ -254,6 +281,15 @@ def state_tensors(state: Any) -> Iterator[Tensor]:
             yield part
         else:
             yield from state_tensors(part)
+
+
+def _finite(state: Any) -> bool:
+    """Whether all figures of a state are; where a `TopK` has a place left, its score is -inf."""
+    if isinstance(state, Tensor):
+        return bool(state.isfinite().all())
+    if isinstance(state, TopK):
+        return bool((state.scores < torch.inf).all()) and _finite(state.payload)
+    return all(map(_finite, state))
 
 
 def _filled(like: Any, found: Iterator[Tensor]) -> Any:

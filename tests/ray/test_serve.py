@@ -12,36 +12,19 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from small_run import WIDTH, small_run
 
 from distset import InMemory
 from distset.data.arrow_chunks import write_chunk
 from distset.runs import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("cluster"), pytest.mark.timeout(400)]
-WIDTH = 6
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run folder of a small bag classifier."""
-    from hydra import compose, initialize_config_module
-    from omegaconf import OmegaConf
-
-    from distset.data import Bag, StoreWriter, make_splits
-    from distset.training import train_run
-
-    root = tmp_path_factory.mktemp("serve")
-    generator = torch.Generator().manual_seed(0)
-    labels = {f"bag-{i}": ["no", "yes"][i % 2] for i in range(12)}
-    with StoreWriter(root / "store") as writer:
-        for i, (name, label) in enumerate(labels.items()):
-            writer.add(Bag(name, (torch.randn(6, WIDTH, generator=generator) + i % 2).numpy(), label=label))
-        writer.finish(splits=make_splits(labels, folds=3))
-    small = ["model=umbc", "model.width=8", "model.slots=4", "model.heads=2", "plan.epochs=1", "cluster=none"]
-    overrides = ["data=store", f"data.path={root / 'store'}", "run.bar=false", "run.plots=false", *small]
-    with initialize_config_module("conf", version_base="1.3"):
-        train_run(OmegaConf.to_container(compose("train", overrides=overrides), resolve=True), root / "run")
-    return root / "run"
+    return small_run(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +92,7 @@ def run_to_the_end(server: str, trained: Path, elements: int, chunk: int, name: 
 
 
 def test_clients_retries_and_a_killed_replica(server, trained):
-    run_to_the_end(server, trained, 4000, 100, "set one")
+    run_to_the_end(server, trained, 4000, 100, "set%2Fone")
 
 
 @pytest.mark.slow
@@ -130,6 +113,7 @@ def test_bad_requests_are_told_why(server):
             "has elements of 7 values, the model takes 6",
         ),
         ("post", "/sets/a/chunks/0", write_chunk(torch.full((2, WIDTH), torch.nan)), 400, "NaN or infinite"),
+        ("post", "/sets/.a/chunks/0", good, 400, "wanted a name that does not start with a dot"),
         ("post", "/sets/a/chunks/x", good, 404, "wanted /sets/ID or /sets/ID/chunks/NUMBER"),
         ("get", "/sets/unknown", None, 404, "nothing has come for it"),
         ("put", "/sets/a/chunks/0", good, 405, "is not offered"),
