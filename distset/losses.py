@@ -20,7 +20,7 @@ from torch import Tensor
 from distset.solve import Strategy, solve
 from distset.solvers.ranking import Ranking
 
-__all__ = ["average_precision_loss", "recall_at", "recall_loss"]
+__all__ = ["average_precision_loss", "recall_at", "recall_at_loss", "recall_loss"]
 
 
 def recall_loss(scores: Tensor, relevant: Tensor, *, grad: Strategy | None = None, margin: float = 0.0) -> Tensor:
@@ -52,6 +52,46 @@ def recall_loss(scores: Tensor, relevant: Tensor, *, grad: Strategy | None = Non
     ranks, above = _ranks(scores, relevant, grad, margin)
     ahead = torch.where(relevant, ranks - above, 0.0)
     return _mean(torch.log1p(torch.log1p(ahead)), relevant)
+
+
+def recall_at_loss(scores: Tensor, relevant: Tensor, k: int, *, grad: Strategy | None = None, margin: float = 0.0) -> Tensor:
+    r"""One minus recall@k: the share of queries that have nothing relevant among their first ``k``.
+
+    .. math:: \min\bigl(1, \max(0, \min_{i \in rel} rk(i) - k)\bigr)
+
+    averaged over the queries that have something relevant. Ranks are whole numbers, so that this is 0 or 1 for each. The
+    gradient passes straight through the outer minimum, which would leave a query that misses by more than one place without
+    any. It lifts the best of the relevant where a query misses and is 0 where it does not, sparse therefore: to train on
+    recall at every k there is `recall_loss`.
+
+    Args:
+        scores, relevant, grad, margin: as in `recall_loss`.
+        k: from 1 to N.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: as in `recall_loss`, and for k out of range.
+
+    Example:
+        >>> import torch
+        >>> from distset.losses import recall_at_loss
+        >>> from distset.solve import Identity
+        >>> scores = torch.tensor([[0.9, 0.5, 0.1], [0.3, 0.2, 0.7]], requires_grad=True)
+        >>> relevant = torch.tensor([[False, False, True], [False, False, True]])
+        >>> loss = recall_at_loss(scores, relevant, k=1, grad=Identity("none"))
+        >>> loss
+        tensor(0.5000, grad_fn=<...>)
+        >>> loss.backward()
+        >>> scores.grad[:, 2]
+        tensor([-0.5000, -0.0000])
+    """
+    _check_k(scores, k)
+    ranks, _ = _ranks(scores, relevant, grad, margin)
+    best = ranks.masked_fill(~relevant, torch.inf).amin(-1)[relevant.any(-1)]
+    surplus = (best - k).relu()
+    return (surplus + (surplus.clamp_max(1) - surplus).detach()).mean()
 
 
 def average_precision_loss(scores: Tensor, relevant: Tensor, *, grad: Strategy | None = None, margin: float = 0.0) -> Tensor:
@@ -86,8 +126,7 @@ def recall_at(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
         tensor(0.5000)
     """
     _check(scores, relevant)
-    if not 1 <= k <= scores.shape[-1]:
-        raise ValueError(f"k: got {k}, wanted 1 to {scores.shape[-1]}, the number of scores")
+    _check_k(scores, k)
     first = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return relevant.gather(-1, first).any(-1).to(torch.get_default_dtype()).mean()
 
@@ -118,3 +157,8 @@ def _check(scores: Tensor, relevant: Tensor) -> None:
         raise ValueError(f"relevant: got {relevant.dtype}, wanted torch.bool")
     if scores.shape != relevant.shape:
         raise ValueError(f"relevant: got shape {tuple(relevant.shape)}, wanted {tuple(scores.shape)}, that of the scores")
+
+
+def _check_k(scores: Tensor, k: int) -> None:
+    if not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"k: got {k}, wanted 1 to {scores.shape[-1]}, the number of scores")

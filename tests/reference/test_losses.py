@@ -6,8 +6,8 @@ import sklearn.metrics
 import torch
 from torch import nn
 
-from distset.losses import average_precision_loss, recall_at, recall_loss
-from distset.solve import Identity
+from distset.losses import average_precision_loss, recall_at, recall_at_loss, recall_loss
+from distset.solve import Blackbox, Identity
 
 
 def batch(queries=30, n=12, seed=0):
@@ -46,6 +46,42 @@ def test_recall_at(k):
     assert recall_at(scores, relevant, k) == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5, 12])
+def test_recall_at_loss_is_the_share_of_queries_that_miss(k):
+    scores, relevant = batch(queries=300)
+    missed = [not r[np.argsort(-s)[:k]].any() for s, r in zip(*with_some(scores, relevant))]
+    assert recall_at_loss(scores, relevant, k).item() == pytest.approx(np.mean(missed))
+    some = relevant.any(-1)
+    assert recall_at_loss(scores, relevant, k).item() == pytest.approx(1 - recall_at(scores[some], relevant[some], k).item())
+
+
+def test_recall_at_loss_lifts_the_best_of_the_relevant_where_a_query_misses():
+    scores, relevant = batch()
+    scores.requires_grad_()
+    (got,) = torch.autograd.grad(recall_at_loss(scores, relevant, 2, grad=Identity("none")), scores)
+    best = scores.masked_fill(~relevant, -torch.inf).argmax(-1)
+    ahead = (scores > scores.gather(-1, best[:, None])).sum(-1)
+    missed = relevant.any(-1) & (ahead >= 2)
+    assert (ahead[missed] > 2).any()  # by more than one place, too
+    wanted = torch.zeros_like(scores)
+    wanted[missed, best[missed]] = -1 / relevant.any(-1).sum().double()
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("strategy", [Identity(), Blackbox(100.0)], ids=str)
+def test_descent_on_recall_at_loss_leaves_no_query_without_a_hit(strategy):
+    scores, relevant = batch()
+    scores.requires_grad_()
+    values = []
+    for _ in range(200):
+        loss = recall_at_loss(scores, relevant, 2, grad=strategy)
+        values.append(loss.item())
+        (grad,) = torch.autograd.grad(loss, scores)
+        scores = (scores - 3 * grad).detach().requires_grad_()
+    assert values[0] > 0.3
+    assert values[-1] == 0
+
+
 @pytest.mark.parametrize("loss", [recall_loss, average_precision_loss])
 def test_gradient_by_hand(loss):
     scores, relevant = batch(queries=1)
@@ -59,6 +95,10 @@ def test_gradient_by_hand(loss):
     torch.testing.assert_close(got[0], torch.where(r, -slope / r.sum(), 0.0).double())
 
 
+def recall_at_2_loss(scores, relevant, *, grad=None, margin=0.0):
+    return recall_at_loss(scores, relevant, 2, grad=grad, margin=margin)
+
+
 @pytest.mark.parametrize("loss", [recall_loss, average_precision_loss])
 def test_a_perfect_ranking_costs_nothing_and_a_margin_asks_for_more(loss):
     relevant = torch.tensor([[True, True, False, False]])
@@ -68,7 +108,7 @@ def test_a_perfect_ranking_costs_nothing_and_a_margin_asks_for_more(loss):
     assert loss(scores, relevant, margin=0.15) > 0
 
 
-@pytest.mark.parametrize("loss", [recall_loss, average_precision_loss])
+@pytest.mark.parametrize("loss", [recall_loss, average_precision_loss, recall_at_2_loss])
 def test_near_ties_that_rounding_breaks(loss):
     generator = torch.Generator().manual_seed(0)
     scores = 0.9 + 2e-7 * torch.randint(0, 4, (500, 20), generator=generator)
@@ -131,6 +171,8 @@ def test_ranking_degrades_without_a_projection_even_where_embeddings_are_unit_ve
         (lambda s, r: average_precision_loss(s, r[:, :2]), r"relevant: got shape \(30, 2\), wanted \(30, 12\)"),
         (lambda s, r: recall_loss(s, r & False), "relevant: got not one relevant element"),
         (lambda s, r: recall_at(s, r, 13), "k: got 13, wanted 1 to 12"),
+        (lambda s, r: recall_at_loss(s, r, 0), "k: got 0, wanted 1 to 12"),
+        (lambda s, r: recall_at_loss(s, r & False, 1), "relevant: got not one relevant element"),
         (lambda s, r: recall_loss(s * torch.nan, r), "cost: got NaN"),
     ],
 )
