@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from distset.expect.estimator import Estimator, Function, attach_gradient
 from distset.noise import Noise, SumOfGamma
 from distset.subsets import KSubset, relaxed_top_k
+from distset.subsets.distribution import settle
 from distset.subsets.gumbel import perturbed, top_k
 from distset.subsets.quadrature import LogitRange, solve_tilt, tilted_moments
 
@@ -119,13 +120,14 @@ class NCPSS(Estimator):
     """Neural conditional Poisson subset sampling: independent elements whose probabilities add up to k.
 
     f sees subsets of *about* k elements (binary concrete samples made hard, with the gradient of the relaxed ones); the tilt
-    that makes the probabilities add up is differentiated.
+    that makes the probabilities add up is differentiated. Elements whose fate is settled (by infinite logits, by a k of 0 or
+    of all) are set aside.
 
     Args:
         tau: temperature of the binary concrete relaxation.
 
     Raises:
-        ValueError: for a temperature that is not positive; at use, where the size of a subset leaves nothing to choose.
+        ValueError: for a temperature that is not positive.
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, True
@@ -135,16 +137,12 @@ class NCPSS(Estimator):
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
         logits = plain_logits(subset)
-        possible = (logits > -torch.inf).sum(-1)
-        if bool((logits == torch.inf).any() | (subset.k == 0).any() | (subset.k >= possible).any()):
-            raise ValueError(
-                "subset: NCPSS needs elements that are free to be chosen: no logits of +inf, and 0 < k < the number that "
-                "is not forced out; use ScoreFunction()"
-            )
-        a = logits + calibrating_tilt(logits, subset.k).unsqueeze(-1)
+        free, included, k = settle(logits.reshape(-1, subset.n), subset.k.reshape(-1))
+        logits = logits.masked_fill(~free.view_as(logits), -torch.inf)
+        a = logits + calibrating_tilt(logits, k.view(subset.batch_shape)).unsqueeze(-1)
         u = torch.rand(num_samples, *logits.shape, generator=_generator(subset, seed), device=a.device, dtype=a.dtype)
         relaxed = torch.sigmoid((a + torch.logit(u, eps=1e-7)) / self.tau)
-        z = (relaxed > 0.5).to(a.dtype).detach() + (relaxed - relaxed.detach())
+        z = ((relaxed > 0.5) | included.view_as(logits)).to(a.dtype) + (relaxed - relaxed.detach())
         return f.differentiable(z).mean(0)
 
     def __repr__(self) -> str:
@@ -279,7 +277,7 @@ class _Through(torch.autograd.Function):
 
 
 def calibrating_tilt(logits: Tensor, k: Tensor) -> Tensor:
-    r"""The tilt ``(*)`` at which :math:`\sum_i \sigma(\theta_i + \lambda) = k`, differentiable (implicitly).
+    r"""The tilt ``(*)`` at which :math:`\sum_i \sigma(\theta_i + \lambda) = k`, differentiable (implicitly); 0 for k = 0.
 
     One Newton step from the solution both polishes it and carries the derivative
     :math:`d\lambda = -\sum_i p_i q_i\, d\theta_i / \sum_i p_i q_i`.
@@ -289,7 +287,7 @@ def calibrating_tilt(logits: Tensor, k: Tensor) -> Tensor:
         wanted = k.expand(logits.shape[:-1]).reshape(-1).double()
         tilt, _, variance = solve_tilt(LogitRange.of(rows), wanted, lambda t: tilted_moments(rows, t))
     error = torch.sigmoid(rows + tilt.unsqueeze(-1)).sum(-1) - wanted
-    return (tilt - error / variance).reshape(logits.shape[:-1]).to(logits.dtype)
+    return (tilt - error / variance.where(variance > 0, 1.0)).reshape(logits.shape[:-1]).to(logits.dtype)
 
 
 def plain_logits(subset: KSubset) -> Tensor:

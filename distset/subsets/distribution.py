@@ -79,13 +79,17 @@ class KSubset(Distribution):
     def from_probabilities(cls, probabilities: Tensor, k: int | Tensor) -> KSubset:
         """Independent Bernoulli variables of ``probabilities (*, n)``, given that exactly ``k`` of them are 1.
 
+        A probability of 0 or 1 forces its element out or in and has a gradient of 0.
+
         Raises:
             ValueError: for probabilities outside of [0, 1]; as above for k.
         """
         if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
             raise ValueError("probabilities: got an entry that is NaN or outside of [0, 1]; wanted probabilities")
-        wide = probabilities.double()
-        return cls((wide.log() - (-wide).log1p()).to(_result_dtype(probabilities)), k)
+        out, surely = probabilities == 0, probabilities == 1
+        open_ = probabilities.double().masked_fill(out | surely, 0.5)
+        logits = (open_.log() - (-open_).log1p()).masked_fill(out, -math.inf).masked_fill(surely, math.inf)
+        return cls(logits.to(_result_dtype(probabilities)), k)
 
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]

@@ -45,22 +45,28 @@ def perturbed(logits: Tensor, sample_shape: Any = (), generator: torch.Generator
 
 
 def relaxed_top_k(keys: Tensor, k: int, tau: float) -> Tensor:
-    r"""A point of ``[0, 1]^n`` that adds up to k and tends to the k largest ``keys (*, n)`` as tau goes to 0 [eq. 4 to 6].
+    r"""Shares that add up to k and tend to the k largest ``keys (*, n)`` as tau goes to 0 [eq. 4 to 6].
 
     k successive softmaxes :math:`a^{j} = \mathrm{softmax}(\alpha^{j} / \tau)`, each element's share taken out before the
     next: :math:`\alpha^{j+1} = \alpha^{j} + \log(1 - a^{j})`. The logarithm is of the sum of the other shares: no epsilon.
+    No element's sum is negative, but it may exceed 1. A key of ``+inf`` is in, and the softmaxes are of what is left; one of ``-inf`` has no share.
 
     Raises:
-        ValueError: for k outside of 0..n, or a temperature that is not positive.
+        ValueError: for k outside of 0..n or below the number of keys that are ``+inf``, a temperature that is not positive.
     """
     if not 0 <= k <= keys.shape[-1]:
         raise ValueError(f"k: got {k}, wanted 0 <= k <= n = {keys.shape[-1]}")
     if not tau > 0:
         raise ValueError(f"tau: got {tau}, wanted a positive temperature")
-    total = torch.zeros_like(keys)
-    for _ in range(k):
+    forced = keys == torch.inf
+    left = k - forced.sum(-1, keepdim=True)
+    if bool((left < 0).any()):
+        raise ValueError(f"keys: got {k - int(left.min())} of +inf (forced in), wanted at most k = {k}")
+    total = forced.to(keys.dtype)
+    keys = keys.masked_fill(forced, -torch.inf).masked_fill(left == 0, 0.0)
+    for step in range(k):
         log_share = torch.log_softmax(keys / tau, -1)
-        total = total + log_share.exp()
+        total = total + log_share.exp().masked_fill(left <= step, 0.0)
         tiny = torch.finfo(keys.dtype).tiny
         keys = keys + torch.log((-torch.expm1(log_share)).clamp_min(tiny))
     return total

@@ -172,19 +172,31 @@ def test_several_subsets_together_with_every_estimator(estimator: Estimator) -> 
 
 
 @pytest.mark.parametrize("estimator", [*ESTIMATORS, IMLE(AdaptiveTarget(step=2.0))], ids=repr)
-def test_padding_takes_no_part(estimator: Estimator) -> None:
-    """Logits of -inf: rows of different lengths in one batch; nothing flows where nothing can be chosen."""
+def test_what_is_forced_in_or_out_takes_no_part(estimator: Estimator) -> None:
+    """Rows of different lengths, one with an element that is in, one with nothing left to choose, in one batch."""
     if "Past" in repr(estimator):
-        pytest.skip("its slope has one length")
-    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    leaf = randn(2, 6).requires_grad_()
+        estimator = ScoreFunction(Past(6))
+    inf = torch.inf
+    fate = torch.tensor([[0.0] * 6, [0, 0, 0, 0, -inf, -inf], [inf, 0, 0, 0, 0, -inf], [inf, inf, inf, 0, 0, 0]])
+    leaf, seen = randn(4, 6).requires_grad_(), []
+
+    def f(z: Tensor) -> Tensor:
+        seen.append(z.detach())
+        return quadratic(z) + z.sum(-1)
+
     for seed in range(3):  # the adaptive target starts at strength 0
-        subset = KSubset(leaf.masked_fill(~mask, -torch.inf), 3)
-        mean = expect(lambda z: quadratic(z) + z.sum(-1), subset, 8, grad=estimator, seed=seed)
+        subset = KSubset(torch.where(fate == 0, leaf, fate), 3)
+        mean = expect(f, subset, 8, grad=estimator, seed=seed)
         (gradient,) = torch.autograd.grad(mean.sum(), leaf)
         assert gradient.isfinite().all()
-        assert (gradient[~mask] == 0).all()
-    assert (gradient[mask] != 0).any()
+        assert (gradient[fate != 0] == 0).all()
+    z = torch.cat(seen)
+    assert (z[:, fate == inf] == 1).all()
+    assert (z[:, fate == -inf] == 0).all()
+    assert (z[:, 3, 3:] == 0).all()
+    if not isinstance(estimator, StraightThrough):  # it takes dz / dlogits for the identity, come what may
+        assert gradient[3].abs().max() < 1e-12
+    assert all((gradient[row] != 0).any() for row in range(3))
 
 
 def test_what_is_learned_is_saved_with_a_model() -> None:
@@ -389,8 +401,6 @@ def test_bad_settings() -> None:
     for estimator in (GumbelSoftmax(), IMLE()):
         with pytest.raises(ValueError, match="k: differs between rows"):
             expect(quadratic, rows, 2, grad=estimator)
-    with pytest.raises(ValueError, match="NCPSS needs elements that are free"):
-        expect(quadratic, KSubset(randn(6).requires_grad_(), 6), 2, grad=NCPSS())
     with pytest.raises(ValueError, match="subset: got Tensor"):
         expect(quadratic, randn(4), 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="row"):

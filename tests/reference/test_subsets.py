@@ -279,10 +279,16 @@ def test_divergence_between_what_cannot_be() -> None:
 
 
 def test_from_probabilities_is_the_conditioned_bernoulli() -> None:
-    p = torch.tensor([0.2, 0.9, 0.5, 1.0, 0.0], dtype=torch.float64)
+    p = torch.tensor([0.2, 0.9, 0.5, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
     z = subsets(5, 3)
     weight = torch.where(z == 1, p, 1 - p).prod(-1)
-    close(KSubset.from_probabilities(p, 3).log_prob(z).exp(), weight / weight.sum())
+    subset = KSubset.from_probabilities(p, 3)
+    close(subset.log_prob(z).exp(), weight / weight.sum())
+    direction = torch.tensor([1.0, 2, 3, 4, 5], dtype=torch.float64)
+    (found,) = torch.autograd.grad(subset.inclusion_probabilities() @ direction, p)
+    (exact,) = torch.autograd.grad((weight / weight.sum()) @ z @ direction, p)
+    close(found[:3], exact[:3])
+    assert found[3:].tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -377,6 +383,14 @@ def test_relaxed_top_k_adds_up_and_tends_to_the_top() -> None:
     soft, hard = relaxed_top_k(keys, 5, 0.5), relaxed_top_k(keys, 5, 1e-4)
     close(soft.sum(-1), torch.full((4,), 5.0).double())
     close(hard, KSubset(keys, 5).mode, 1e-6)
+    keys[0, :2], keys[1, 3:] = math.inf, -math.inf
+    with pytest.raises(ValueError, match=r"keys: got 2 of \+inf"):
+        relaxed_top_k(keys, 1, 0.5)
+    forced = relaxed_top_k(keys, 3, 0.5)
+    assert (forced[0, :2] == 1).all()
+    close(forced[0, 2:], relaxed_top_k(keys[0, 2:], 1, 0.5))
+    close(forced[1, :3], relaxed_top_k(keys[1, :3], 3, 0.5))
+    assert (forced[1, 3:] == 0).all()
     for k, tau, message in ((13, 1.0, "k: got 13"), (5, 0.0, "tau: got 0")):
         with pytest.raises(ValueError, match=message):
             relaxed_top_k(keys, k, tau)
