@@ -21,7 +21,8 @@ class RemoteFunction:
     is raised here.
 
     Args:
-        f: ``z (s, *, n) -> (s, *)``, numpy in, numbers out; pickled to the actors once.
+        f: ``z (s, *, n) -> (s, *)``, numpy in, numbers out; pickled to the actors once. Of several subsets that f sees
+            together (see `expect`) a draw has one value.
         workers: actors, started at the first call.
         piece: samples a call.
         in_flight: calls an actor may have waiting, so that it is never idle and never flooded.
@@ -124,6 +125,9 @@ class _Evaluator:
 
     def call(self, z: np.ndarray) -> np.ndarray:
         values = np.asarray(self.f(z))
-        if values.shape != z.shape[:-1]:
-            raise ValueError(f"f: returned shape {values.shape} for subsets of shape {z.shape}, wanted {z.shape[:-1]}")
+        if not 0 < values.ndim < z.ndim or values.shape != z.shape[: values.ndim]:
+            raise ValueError(
+                f"f: returned shape {values.shape} for subsets of shape {z.shape}, wanted {z.shape[:-1]}, or that "
+                f"without its last dimensions where f sees several subsets together"
+            )
         return values
