@@ -51,15 +51,15 @@ def birds(path: str, *, side: int = 64, tested: int = 1000, seed: int = 0) -> Pa
     The folder is that of the data set's own archive: ``images.txt``, ``image_class_labels.txt``, ``images/``.
 
     Raises:
-        ValueError: for a folder without these files.
+        ValueError: for a folder without these files, an image without a label.
     """
     folder = Path(path)
     if missing := [name for name in ("images.txt", "image_class_labels.txt", "images") if not (folder / name).exists()]:
         raise ValueError(f"path: {folder} has no {', '.join(missing)}, wanted the unpacked archive CUB_200_2011")
-    names = [line.split()[1] for line in (folder / "images.txt").read_text().splitlines() if line]
-    labels = torch.tensor(
-        [int(line.split()[1]) for line in (folder / "image_class_labels.txt").read_text().splitlines() if line]
-    )
+    name_of, species_of = (_by_number(folder / name) for name in ("images.txt", "image_class_labels.txt"))
+    if missing := [number for number in name_of if number not in species_of]:
+        raise ValueError(f"path: {folder}/image_class_labels.txt lacks image {missing[0]} of images.txt; is it whole?")
+    names, labels = list(name_of.values()), torch.tensor([int(species_of[number]) for number in name_of])
     rows = [_draw(labels <= 100, len(labels), seed, 0), _draw(labels > 100, len(labels), seed, 1)]
     cut = max(1, len(rows[0]) // 10)
     chosen = [(rows[0][cut:], 1), (rows[0][:cut][:tested], None), (rows[1][:tested], None)]
@@ -69,6 +69,11 @@ def birds(path: str, *, side: int = 64, tested: int = 1000, seed: int = 0) -> Pa
     ]
     first, second, third = parts
     return Parts(first, second, third, {"shape": (3, side, side)})
+
+
+def _by_number(path: Path) -> dict[str, str]:
+    """Lines of an image's number and something of it."""
+    return dict(line.split() for line in path.read_text().splitlines() if line)
 
 
 def _draw(mask: Tensor, count: int, seed: int, place: int) -> Tensor:
