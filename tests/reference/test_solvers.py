@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.optimize
 import scipy.stats
 import torch
 from scipy.optimize import Bounds, LinearConstraint
@@ -262,6 +263,31 @@ def test_exact_matching_is_the_best_of_all(n, m):
     assert solver.feasible(found).all()
 
 
+def some_edges(n, generator):
+    """Directed edges of a random graph of n nodes, at least one."""
+    pairs = np.argwhere(~np.eye(n, dtype=bool))
+    return generator.permutation(pairs)[: generator.integers(1, min(len(pairs), 5) + 1)]
+
+
+def check_exact_matchings(instances, seed):
+    """Graphs of different sizes, a new pair for every 8 costs: the program against all matchings."""
+    generator, met = rng(seed), set()
+    for _ in range(instances // 8):
+        m = int(generator.integers(2, 6))
+        n = int(generator.integers(1, m))
+        solver = ExactGraphMatching((n, m), (some_edges(n, generator) if n > 1 else [], some_edges(m, generator)))
+        costs = generator.normal(size=(8, solver.size))
+        found = solver.solve(costs)
+        assert solver.feasible(found).all()
+        assert np.array_equal(found, brute_force(costs, matchings(solver)))
+        met.add((n, m))
+    return met
+
+
+def test_300_exact_matchings_of_unequal_graphs():
+    assert check_exact_matchings(304, seed=5) == {(n, m) for m in range(2, 6) for n in range(1, m)}
+
+
 def test_exact_matching_of_sparse_graphs():
     ring = np.array([[0, 1], [1, 2], [2, 3], [3, 0]])
     solver = ExactGraphMatching((4, 4), (ring, ring[:, ::-1]))
@@ -324,6 +350,55 @@ def test_mixed_programs_round_integers_only():
         LinearConstraint(np.array([[1.0, 1.0]]), ub=1.5), integrality=np.array([1, 0]), bounds=Bounds(0, 2), sense="max"
     )
     assert solver.solve(np.array([[2.0, 1.0], [1.0, 3.0]])).tolist() == [[1, 0.5], [0, 1.5]]
+
+
+def mixed_program(generator):
+    """Two to four integers and one or two reals with bounds of their own, two to four rows of constraints; 0 is feasible."""
+    integers, reals, rows = (int(generator.integers(*span)) for span in ((2, 5), (1, 3), (2, 5)))
+    matrix = generator.normal(size=(rows, integers + reals)).round(2)
+    upper = generator.uniform(0, 3, rows)
+    lower = np.where(generator.random(rows) < 0.5, -generator.uniform(0, 3, rows), -np.inf)
+    low, high = -generator.integers(0, 2, integers + reals), generator.integers(1, 3, integers + reals)
+    integrality = generator.permutation([1] * integers + [0] * reals)
+    return matrix, lower, upper, low, high, integrality
+
+
+def best_by_enumeration(cost, matrix, lower, upper, low, high, integrality):
+    """The least cost: for each choice of the integers that could be the best, a linear program of the reals."""
+    whole, sides, best = integrality == 1, np.isfinite(lower), np.inf
+    rows = np.concatenate([matrix, -matrix[sides]])
+    ends = np.concatenate([upper, -lower[sides]])
+    bounds = np.stack([low, high], 1)[~whole]
+    choices = np.array(list(itertools.product(*(range(a, b + 1) for a, b in zip(low[whole], high[whole])))))
+    least = choices @ cost[whole] + np.minimum(cost * low, cost * high)[~whole].sum()
+    for choice, bound in sorted(zip(choices.tolist(), least), key=lambda pair: pair[1]):
+        if bound >= best:
+            break
+        left = ends - rows[:, whole] @ choice
+        found = scipy.optimize.linprog(cost[~whole], A_ub=rows[:, ~whole], b_ub=left, bounds=bounds)
+        if found.success:
+            best = min(best, cost[whole] @ choice + found.fun)
+    return best
+
+
+def check_mixed_programs(instances, seed):
+    generator = rng(seed)
+    for number in range(instances):
+        matrix, lower, upper, low, high, integrality = program = mixed_program(generator)
+        cost = generator.normal(size=len(low))
+        sense, sign = (("min", 1), ("max", -1))[number % 2]
+        cut = len(matrix) // 2
+        parts = [LinearConstraint(matrix[own], lower[own], upper[own]) for own in (slice(cut), slice(cut, None))]
+        solver = MixedInteger(parts, integrality=integrality, bounds=Bounds(low, high), sense=sense)
+        (found,) = solver.solve(sign * cost[None])
+        assert solver.feasible(found[None]).all()
+        assert (found[integrality == 1] % 1 == 0).all()
+        # HiGHS keeps rows and integers to 1e-6; a row's slack is worth its price, a few units of cost here.
+        assert cost @ found == pytest.approx(best_by_enumeration(cost, *program), abs=1e-5)
+
+
+def test_200_mixed_programs():
+    check_mixed_programs(200, seed=6)
 
 
 # Every solver

@@ -10,6 +10,8 @@ from distset.solvers import Assignment, ExactGraphMatching, GraphMatching, Mixed
 from tests.reference.test_solvers import (
     KNAPSACK,
     brute_force,
+    check_exact_matchings,
+    check_mixed_programs,
     matchings,
     networkx_path_cost,
     on_a_sphere,
@@ -76,6 +78,14 @@ def test_300_exact_matchings():
     solver = ExactGraphMatching((4, 4))
     costs = rng(3).normal(size=(300, solver.size))
     assert np.array_equal(solver.solve(costs), brute_force(costs, matchings(solver)))
+
+
+def test_2000_exact_matchings_of_unequal_graphs():
+    check_exact_matchings(2000, seed=7)
+
+
+def test_2000_mixed_programs():
+    check_mixed_programs(2000, seed=8)
 
 
 def test_1000_heuristic_matchings():
