@@ -20,7 +20,7 @@ from distset.bags import results as bag_results
 from distset.bags.runs import balance, check_run, train_bags
 from distset.build import build
 from distset.checkpoints import Checkpoints
-from distset.cluster.config import Cluster
+from distset.cluster.config import Cluster, storage_below
 from distset.cluster.world import open_world
 from distset.data import Store
 from distset.files import write_atomically
@@ -111,7 +111,7 @@ def members(config: Config) -> Iterator[tuple[str, Config]]:
         name = "-".join(names)
         storage = config["cluster"]["storage"]
         if name and storage is not None:
-            own["cluster"] = {**config["cluster"], "storage": _below(storage, name)}
+            own["cluster"] = {**config["cluster"], "storage": storage_below(storage, name)}
         yield name, own
 
 
@@ -154,11 +154,6 @@ def _folds(config: Config) -> list[int] | None:
         return config["folds"]
     data = config["data"]
     return list(range(len(Store(data["path"]).folds(data["split"])) if is_bags(config) else data["folds"]))
-
-
-def _below(uri: str, name: str) -> str:
-    folder, mark, query = uri.partition("?")
-    return f"{folder.rstrip('/')}/{name}{mark}{query}"
 
 
 def _with_fold(data: Mapping[str, Any], fold: int) -> dict[str, Any]:

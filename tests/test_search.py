@@ -172,6 +172,18 @@ def test_a_trial_is_the_mean_over_its_runs_and_tells_how_it_goes(tmp_path):
     assert len(told) == 5
 
 
+@pytest.mark.parametrize(
+    ("storage", "own"),
+    [
+        ("s3://b/runs?endpoint_override=minio:9000", "s3://b/runs/0003?endpoint_override=minio:9000"),
+        ("/shared/runs/", "/shared/runs/0003"),
+    ],
+)
+def test_a_trials_checkpoints_have_a_folder_of_their_own(tmp_path, storage, own):
+    search, base, folder, lineage = trial(tmp_path, 3, f"cluster.storage='{storage}'")
+    assert trial_config(base, search, folder, lineage)["cluster"]["storage"] == own
+
+
 def test_a_metric_that_the_task_lacks_is_named(tmp_path):
     search, base, folder, lineage = trial(tmp_path, 0, "search.metric=aurok", optim__lr=0.003)
     with pytest.raises(

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import nn
 
 from distset.cluster.set_actor import FunctionPickler, Piece, SetActor, Task
@@ -34,6 +36,7 @@ class SetActors:
         in_flight: pieces an actor may have waiting, so that it is never idle and never flooded.
         retries: how often a piece may be lost with its actor.
         start_seconds: how long to wait for actors to start before saying what is missing.
+        group: a placement group that has a place for each; None for wherever there is room.
 
     Raises:
         ValueError: for numbers out of range.
@@ -50,6 +53,7 @@ class SetActors:
         in_flight: int = 2,
         retries: int = 3,
         start_seconds: float = 60.0,
+        group: PlacementGroup | None = None,
     ) -> None:
         given = (("count", count, 1), ("num_cpus", num_cpus, 0), ("num_gpus", num_gpus, 0), ("threads", threads, 1))
         for name, value, least in (*given, ("in_flight", in_flight, 1), ("retries", retries, 0)):
@@ -57,7 +61,7 @@ class SetActors:
                 raise ValueError(f"{name}: got {value}, wanted at least {least}")
         self.count, self.num_cpus, self.num_gpus, self.threads = count, num_cpus, num_gpus, threads
         self.resources, self.in_flight = dict(resources or {}), in_flight
-        self.retries, self.start_seconds = retries, start_seconds
+        self.retries, self.start_seconds, self.group = retries, start_seconds, group
         self.traffic = Traffic()
         self.members: list[Member] = []
         self._sent: OrderedDict[int, tuple[nn.Module, Sweep, Any]] = OrderedDict()
@@ -164,8 +168,9 @@ class SetActors:
 
     def _new(self) -> Any:
         # SPREAD, which also leaves the placement group of a training worker that starts actors of its own.
+        where = "SPREAD" if self.group is None else PlacementGroupSchedulingStrategy(self.group)
         options = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": self.resources}
-        return SetActor.options(scheduling_strategy="SPREAD", **options).remote(self.threads)  # type: ignore[attr-defined]
+        return SetActor.options(scheduling_strategy=where, **options).remote(self.threads)  # type: ignore[attr-defined]
 
     def lack(self, missing: int) -> str:
         """What the cluster lacks, as the text of an error."""

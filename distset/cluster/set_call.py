@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LOST", "Call"]
 
-LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
+LOST = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.OutOfMemoryError)
+"""What ``ray.get`` raises where an actor, or the node that held its answer, is gone: the work has to be done again."""
 
 
 class _Flight(NamedTuple):

@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from distset.cluster.config import Cluster
 from distset.cluster.metrics import Metrics
 from distset.cluster.progress import MailboxWatch, Postman, open_mailbox
-from distset.cluster.resources import require_workers
+from distset.cluster.resources import require_workers, room_for, shortage
 from distset.cluster.world import check_sharing, open_world
 from distset.train import Record, Watch, Watches
 from distset.versions import differences, installed
@@ -32,6 +32,8 @@ __all__ = ["Process", "check_versions", "start_ray", "train_on_ray"]
 
 CONNECT_SECONDS = 10.0
 """For the port of a Ray cluster to answer in."""
+PLACING = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+"""Environment variable of Ray Train: seconds that one attempt to place workers waits for room; 60 unless set."""
 
 
 class Process(Protocol):
@@ -58,16 +60,17 @@ def start_ray(cluster: Cluster) -> None:
     else:
         # Ray gives way to every other process unless told otherwise; this training is what the user waits for.
         os.environ.setdefault("RAY_worker_niceness", "0")
-        each = cluster.cpus + cluster.actors * cluster.actor_cpus
-        cores = max(os.cpu_count() or 1, math.ceil(max(cluster.workers, 1) * each))
+        each, processes = cluster.cpus + cluster.actors * cluster.actor_cpus, max(cluster.workers, 1)
+        cores = max(os.cpu_count() or 1, math.ceil(processes * each))
         ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)  # not one that happens to run
         found = int(ray.cluster_resources().get("GPU", 0))
-        if found < cluster.workers * cluster.gpu:
+        if found < cluster.workers * cluster.gpu + processes * cluster.actors * cluster.actor_gpus:
             ray.shutdown()
             share = "a GPU" if cluster.gpu == 1 else f"{cluster.gpu:g} GPU"
+            actors = f" and {cluster.actors} actors with {cluster.actor_gpus:g}" if cluster.actor_gpus else ""
             raise ValueError(
-                f"cluster.gpu: got {cluster.workers} workers with {share} each, this machine has {found}; set cluster.gpu "
-                f"to false, lower cluster.workers, or name a cluster (cluster.address)"
+                f"cluster.gpu: got {cluster.workers} workers with {share} each{actors}, this machine has {found}; set "
+                f"cluster.gpu to false, lower cluster.workers, or name a cluster (cluster.address)"
             )
 
 
@@ -102,7 +105,7 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
 
     Raises:
         ValueError: where ``process`` raised one; where the cluster has no room for the workers (`require_workers`); where a
-            worker runs other versions than the driver.
+            worker runs other versions than the driver; where the room of workers that were lost does not come back.
         RuntimeError: for any other error in it; where workers were lost more often than ``max_failures``.
     """
     check_sharing(cluster)
@@ -116,6 +119,7 @@ def train_on_ray(process: Process, cluster: Cluster, *, watch: Watch | None = No
             result = _trainer(job, cluster, unused).fit().return_value
     except TrainingFailedError as error:
         if ray.get(mailbox.failed.remote()) is None:
+            _raise_shortage(error, cluster)
             raise RuntimeError(f"cluster: training failed after {cluster.max_failures} restarts: {_cause(error)}") from error
     except SystemExit as error:  # what Ray Train makes of Ctrl-C
         raise KeyboardInterrupt from error
@@ -138,10 +142,33 @@ def _trainer(job: dict[str, Any], cluster: Cluster, storage: str) -> Any:
         ),
         run_config=RunConfig(
             storage_path=storage,
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
-            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]  # Ray shows mypy its old RunConfig
+            # Ray shows mypy its old configurations.
+            failure_config=FailureConfig(cluster.max_failures, controller_failure_limit=_attempts(cluster)),  # type: ignore[call-arg]
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # type: ignore[call-arg]
         ),
     )
+
+
+def _attempts(cluster: Cluster) -> int:
+    """How often Ray Train may try again to place workers, where a node was lost and none has come in its place.
+
+    Ray counts the attempts of the whole run, each as long as `PLACING` says, and would go on for ever without a limit.
+    """
+    return max(cluster.max_failures, math.ceil(cluster.wait_seconds / _placing_seconds()))
+
+
+def _placing_seconds() -> float:
+    return float(os.environ.get(PLACING, 60.0))
+
+
+def _raise_shortage(error: TrainingFailedError, cluster: Cluster) -> None:
+    """Say what is missing where lost workers found no place again; return where the run failed of something else."""
+    cause = getattr(error, "controller_failure", None)
+    if type(cause).__name__ != "WorkerGroupStartupTimeoutError":
+        return
+    waited = (_attempts(cluster) + 1) * _placing_seconds()
+    text = shortage(room_for(cluster), cluster._replace(wait_seconds=waited))
+    raise ValueError(f"{text}. Workers were lost while they trained; the same command goes on from the last checkpoint")
 
 
 def _work(job: dict[str, Any]) -> Any:

@@ -4,8 +4,9 @@ What is known of a trial is in its folder (`distset.search.trial`), not in Ray T
 driver dies and leave the scheduler's memory out, see docs/decisions.md. So a search that goes on is a new one of Ray Tune
 over the trials that are not done, whose scheduler is told what the trials had told the last one.
 
-A trial is an actor of ``cluster.cpus`` cores that trains in its own process, or, where ``cluster.workers`` is 1 or more, the
-driver of a Ray Train run of so many workers, which needs no core of its own.
+A trial is an actor of ``cluster.cpus`` cores that trains in its own process, with a place beside it for each of
+``cluster.actors``, or, where ``cluster.workers`` is 1 or more, the driver of a Ray Train run of so many workers, which needs
+no core of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from ray import tune
 
 from distset.build import build
 from distset.checkpoints import Checkpoints, read_state
-from distset.cluster.config import Cluster
+from distset.cluster.config import Cluster, actor_bundle
 from distset.cluster.leftovers import Tidy
-from distset.cluster.resources import require_workers, room_for
+from distset.cluster.resources import require_workers, runs_that_fit
 from distset.cluster.schedulers import scheduler_for
 from distset.cluster.search_progress import Progress
 from distset.cluster.storage import StorageCheckpoints
@@ -49,6 +50,10 @@ QUIET = {
 }
 PATIENCE = 600.0
 """Seconds that a trial waits for its workers' resources, which a trial before it may still hold."""
+
+
+MOST_AT_ONCE = 100
+"""Trials with workers of their own: the driver of each is a process of this machine."""
 
 
 class Job(NamedTuple):
@@ -90,7 +95,7 @@ def search_on_ray(
     shutil.rmtree(scratch, ignore_errors=True)
     progress = Progress(search, trials, bar=base["run"]["bar"])
     tuner = tune.Tuner(
-        tune.with_resources(_trainable(Job(dict(base), search, folder)), _resources(search, cluster)),
+        tune.with_resources(_trainable(Job(dict(base), search, folder)), _resources(search, cluster, len(left))),
         param_space={"trial": tune.grid_search([{"number": n, "settings": own.current} for n, own in first.items()])},
         tune_config=tune.TuneConfig(
             scheduler=scheduler_for(search, space, done, left),
@@ -190,19 +195,17 @@ def _storage(job: Job, folder: TrialFolder, lineage: Lineage) -> str | None:
     return cluster["storage"] if cluster["workers"] else None
 
 
-def _resources(search: Search, cluster: Cluster) -> Any:
-    """Of a trial's actor: the cores that it trains on; of the driver of a Ray Train run, a place on this machine.
+def _resources(search: Search, cluster: Cluster, trials: int) -> Any:
+    """Of a trial's actor: the cores that it trains on, and those of its set actors; of the driver of a Ray Train run, a
+    place on this machine.
 
-    The run folders are on this machine. Its resource, of which there is one, also keeps the number of such trials to those
-    whose workers find room: the others would wait for them.
+    The run folders are on this machine. Its resource, of which there is one, also keeps the number of such trials to
+    ``search.concurrency``, or else to those whose workers find room now: the others would wait for them.
     """
     if cluster.workers == 0:
-        return {"CPU": cluster.cpus}
-    room = room_for(cluster)
-    each = cluster.workers * (cluster.cpus + cluster.actors * cluster.actor_cpus)
-    at_once = max(min(room.fits // cluster.workers, int(room.total["CPU"] // each)), 1)
-    if search.concurrency is not None:
-        at_once = min(search.concurrency, at_once)
+        places = [actor_bundle(cluster)] * cluster.actors if actor_bundle(cluster) else []
+        return tune.PlacementGroupFactory([{"CPU": float(cluster.cpus)}, *places])
+    at_once = search.concurrency or max(runs_that_fit(cluster, min(trials, MOST_AT_ONCE)), 1)
     return tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": math.floor(900 / at_once) / 1000}])
 
 

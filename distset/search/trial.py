@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distset.checkpoints import Checkpoints
+from distset.cluster.config import storage_below
 from distset.files import write_atomically
 from distset.report import write_json
 from distset.search.plan import PBT, Search
@@ -152,7 +153,7 @@ def trial_config(base: Mapping[str, Any], search: Search, folder: TrialFolder, l
     config["run"] = {**config["run"], "dir": str(folder.run), "bar": False, "plots": False}
     storage = config["cluster"]["storage"]
     if storage is not None:
-        config["cluster"]["storage"] = f"{storage.rstrip('/')}/{folder.path.name}"
+        config["cluster"]["storage"] = storage_below(storage, folder.path.name)
     return config
 
 

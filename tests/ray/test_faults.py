@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -15,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distset.cluster import preflight, train
+from distset.cluster import preflight, resources, train
 from distset.cluster.config import Cluster
-from distset.cluster.resources import room_for
+from distset.cluster.resources import room_for, runs_that_fit
 from distset.cluster.train import train_on_ray
 from distset.train import Watch
 from distset.versions import differences, installed
@@ -51,6 +53,10 @@ def unused(*, watch: Watch, device: torch.device) -> None:
             Cluster(workers=1, actors=4),
             r"1 of 4 actors lack a place: 1 workers of 1 CPU with 4 actors of 1 CPU ask for 5 CPU",
         ),
+        (
+            Cluster(workers=1, actors=2, actor_resources={"preemptible": 1}),
+            r"2 of 2 actors lack a place: .* 2 actors of 1 CPU and 1 preemptible ask .* and 0 preemptible \(0 free\)",
+        ),
     ],
 )
 def test_a_cluster_smaller_than_asked_says_what_is_missing(asked, message, monkeypatch):
@@ -77,6 +83,70 @@ def test_a_busy_cluster_says_so_and_is_free_again_afterwards(cluster, monkeypatc
     while room_for(Cluster(workers=4)).free["CPU"] < 4 and time.monotonic() < end:
         time.sleep(0.1)
     assert room_for(Cluster(workers=4)).free["CPU"] == 4
+
+
+def test_placing_lost_workers_again_has_an_end(monkeypatch):
+    monkeypatch.delenv(train.PLACING, raising=False)
+    limits = [
+        train._trainer({}, cluster, "unused").run_config.failure_config.controller_failure_limit
+        for cluster in (Cluster(), Cluster(wait_seconds=1800), Cluster(max_failures=0))
+    ]
+    assert limits == [3, 30, 0]  # attempts beyond the first, a minute each
+
+
+@pytest.mark.slow
+def test_lost_workers_that_find_no_place_again_end_the_run_with_what_is_missing(cluster, tmp_path, monkeypatch):
+    """As with a node that is lost: while a killed worker's place is free, somebody else takes it."""
+    monkeypatch.setenv(train.PLACING, "1")
+
+    @cluster.remote(num_cpus=1)
+    class Other:
+        def here(self) -> None: ...
+
+    def process(*, watch: Watch, device: torch.device) -> None:
+        (tmp_path / "begun").touch()
+        while not (tmp_path / "asked").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    others = []
+
+    def ask() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.1)
+        others.append(Other.remote())  # there is no room for it yet
+        time.sleep(1)
+        (tmp_path / "asked").touch()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    missing = r"^cluster.workers: others are using what the workers need after 3 s of waiting: .* 4 CPU \(3 free\)"
+    try:
+        with pytest.raises(ValueError, match=missing + r".*the same command goes on from the last checkpoint$"):
+            train_on_ray(process, Cluster(workers=1, cpus=4, max_failures=1, wait_seconds=2))
+    finally:
+        asking.join()
+        cluster.kill(others[0])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "fits", "actors", "runs"),
+    [
+        ([3, 3, 3], Cluster(workers=1, cpus=2, actors=3, actor_cpus=2), 3, 2, 0),  # a core is left over on each
+        ([4, 3], Cluster(workers=1, cpus=3, actors=1, actor_cpus=4), 2, 1, 1),  # the worker leaves the larger one alone
+        ([5, 3], Cluster(workers=1, cpus=2, actors=2, actor_cpus=3), 3, 2, 1),
+        ([8], Cluster(workers=2, cpus=1, actors=1, actor_cpus=1), 8, 6, 2),
+        ([1], Cluster(workers=1, cpus=0.1, actors=3, actor_cpus=0.3), 10, 3, 1),
+        ([4], Cluster(workers=0, actors=3), 4, 4, 9),  # this process asks for nothing
+    ],
+)
+def test_room_is_counted_node_by_node(nodes, asked, fits, actors, runs, monkeypatch):
+    monkeypatch.setattr(resources.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": float(n)}} for n in nodes])
+    monkeypatch.setattr(resources.ray, "available_resources", lambda: {"CPU": float(sum(nodes))})
+    room = room_for(asked)
+    assert (room.fits, room.actors_fit) == (fits, actors)
+    assert bool(room.missing) == (actors < room.actors)
+    assert runs_that_fit(asked, 9) == runs
 
 
 @pytest.mark.slow

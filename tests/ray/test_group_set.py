@@ -255,7 +255,7 @@ def test_what_cannot_be_shared_is_refused():
         check_sharing(Cluster(workers=3, set_parallel=2))
     with pytest.raises(ValueError, match=r"cluster.actors: got 2 with cluster.set_parallel=2"):
         check_sharing(Cluster(workers=2, set_parallel=2, actors=2))
-    with pytest.raises(ValueError, match=r"cluster.actors, actor_cpus: got -1"):
+    with pytest.raises(ValueError, match=r"cluster.actors: got -1, wanted at least 0"):
         check_sharing(Cluster(actors=-1))
     with pytest.raises(ValueError, match=r"got 2 workers a set, which do not divide the 1 workers of this run"):
         ClusterWorld(Cluster(set_parallel=2))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 from shared_sets import DIM, GRADS, encoders, step
 from torch import nn
@@ -18,6 +19,7 @@ from distset import DeepSets, Exact, Full, InMemory
 from distset.cluster import set_actors
 from distset.cluster.ray_set import RaySet
 from distset.cluster.set_actors import SetActors
+from distset.cluster.set_call import Call
 from distset.data import Bag, write_store
 from distset.fixed_point import Anderson
 from distset.large_offers import offer_loss, solve_offer
@@ -187,6 +189,27 @@ def test_an_actor_killed_in_a_step_is_replaced_and_no_bit_is_lost(when, tmp_path
     assert torch.equal(got, value)
     assert same(found, gradient)
     assert torch.equal(step(plain, RaySet(stored, crews[2]), Exact())[0], value)
+
+
+@pytest.mark.parametrize("error", ["OutOfMemoryError", "ActorDiedError", "OwnerDiedError", "ObjectFetchTimedOutError"])
+def test_an_actor_lost_in_whatever_way_is_replaced(error, elements, crews, monkeypatch):
+    """Ray ends an actor where memory runs out, and loses an answer with the node that held it."""
+    kind = getattr(ray.exceptions, error)
+    raised = (
+        kind("no memory") if error == "OutOfMemoryError" else kind() if error == "ActorDiedError" else kind("a", "b", "c")
+    )
+    take, left = Call._take, [raised]
+
+    def lose(call, flight, answer):
+        if left:
+            raise left.pop()
+        take(call, flight, answer)
+
+    monkeypatch.setattr(Call, "_take", lose)
+    encoder, memory = encoders()["umbc"], InMemory(elements, CHUNK, name="a")
+    with pytest.warns(UserWarning, match=r"set actor \d died; a new one takes its place"):
+        got, _ = step(encoder, RaySet(memory, crews[2]), Exact())
+    assert torch.equal(got, step(encoder, memory, Exact())[0])
 
 
 def test_a_chunk_that_always_kills_is_given_up(elements):

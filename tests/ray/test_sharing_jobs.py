@@ -10,7 +10,12 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from distset import InMemory
+from distset.build import build
 from distset.checkpoints import read_state
+from distset.cluster.config import Cluster
+from distset.cluster.resources import room_for
+from distset.cluster.world import ClusterWorld, check_sharing
 from distset.data import Bag, Split, StoreWriter
 from distset.training import train_run
 
@@ -51,10 +56,32 @@ def run(store, folder, *overrides: str) -> dict[str, torch.Tensor]:
 
 
 def test_sampled_chunks_beside_actors_leave_the_bits_of_one_process(store, tmp_path):
-    alone = run(store, tmp_path / "alone", "cluster=none", "grad=sampled")
-    beside = run(store, tmp_path / "beside", "cluster=none", "grad=sampled", "cluster.actors=2", "cluster.actor_cpus=0.5")
+    """However many are sampled: the trainer replays them all (cluster.local is grad.m)."""
+    sampled = ("cluster=none", "grad=sampled", "grad.m=3", "data.chunk_size=4")
+    alone = run(store, tmp_path / "alone", *sampled)
+    beside = run(store, tmp_path / "beside", *sampled, "cluster.actors=2", "cluster.actor_cpus=0.5")
     assert alone.keys() == beside.keys()
     assert all(torch.equal(alone[name], beside[name]) for name in alone)
+
+
+def composed(*overrides: str) -> Cluster:
+    with initialize_config_module("conf", version_base="1.3"):
+        return build(OmegaConf.to_container(compose("train", [*overrides]).cluster, resolve=True), "cluster")
+
+
+def test_what_the_configuration_says_of_actors_reaches_them():
+    said = ("cluster.actors=2", "cluster.actor_cpus=2", "cluster.actor_gpus=0.5", "cluster.slices=6")
+    cluster = composed(*said, "cluster.actor_resources={preemptible:1}", "grad=sampled", "grad.m=4")
+    assert (composed("grad=exact").local, composed("grad=subset", "cluster.local=2").local) == (1, 2)
+    placed = ClusterWorld(cluster).place(InMemory(torch.randn(20, 3), 2))
+    assert (placed.local, placed.slices, placed.actors.count, placed.actors.threads) == (4, 6, 2, 2)
+    assert placed.actors.resources == {"preemptible": 1}
+    assert (placed.actors.num_cpus, placed.actors.num_gpus) == (2, 0.5)
+    assert room_for(cluster).actor == {"CPU": 2, "GPU": 0.5, "preemptible": 1}
+    with pytest.raises(ValueError, match=r"cluster.slices: got 0, wanted at least 1, or null"):
+        check_sharing(Cluster(slices=0))
+    with pytest.raises(ValueError, match=r"cluster.actor_gpus: got -1, wanted at least 0"):
+        check_sharing(Cluster(actor_gpus=-1))
 
 
 @pytest.mark.slow

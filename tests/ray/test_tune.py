@@ -8,12 +8,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from distset.cluster import tune
+from distset.cluster.config import Cluster
+from distset.data import Bag, Split, StoreWriter
 from distset.runs import RunFolder
+from distset.search import Search
 from distset.search.run import run_search
 from distset.search.trial import TrialFolder
 from distset.training import train_run
@@ -93,6 +98,63 @@ def test_a_failing_trial_is_reported_and_the_search_goes_on(tmp_path, monkeypatc
     assert json.loads((tmp_path / "search.json").read_text()) == found
     with pytest.raises(ValueError, match=r"run.dir: .* holds a search of another configuration \(plan.batch 4 -> 5"):
         search(tmp_path, *args, "plan.batch=5")
+
+
+def test_what_a_trial_asks_for_and_how_many_run_at_a_time(cluster):
+    """Its actors have places of their own; workers' trials are as many as asked for, or find room."""
+
+    def asked(concurrency: int | None = None, **how: Any) -> list[dict[str, float]]:
+        return tune._resources(Search(concurrency=concurrency), Cluster(**how), trials=16).bundles
+
+    assert asked(workers=0, cpus=0.5) == [{"CPU": 0.5}]
+    assert asked(workers=0, actors=2, actor_resources={"own": 1}) == [{"CPU": 1}, *2 * [{"CPU": 1, "own": 1}]]
+    places = [next(iter(asked(n, workers=2)[0].values())) for n in (None, 1, 7)]  # of the one that this machine is
+    assert [int(1 / place) for place in places] == [2, 1, 7]
+
+
+@pytest.mark.slow
+def test_trials_with_actors_do_not_starve_each_other(tmp_path):
+    """Four cores, three for each trial: one after the other, and none waits for its actors in vain."""
+    write_bags(tmp_path / "store")
+    bags = ("search=grid", "~search.space.optim.weight_decay", "model=deepsets", "plan.epochs=1", "plan.max_steps=null")
+    found = search_bags(tmp_path, *bags, "cluster.actors=2")
+    assert [record["status"] for record in found] == ["finished"] * 3
+
+
+@pytest.mark.slow
+def test_a_search_over_folds(tmp_path):
+    """A trial's figure is the mean over its folds, at the weights that each keeps."""
+    write_bags(tmp_path / "store")
+    found = search_bags(tmp_path, "search=asha", "search.trials=3", "folds=all", "plan.epochs=2", "plan.max_steps=null")
+    best = json.loads((tmp_path / "search" / "search.json").read_text())["best"]
+    assert found[best["number"]]["status"] == "finished"
+    assert {record["status"] for record in found} <= {"finished", "stopped"}
+    values = []
+    for fold in (0, 1):
+        run = tmp_path / "search" / "trials" / f"{best['number']:04d}" / "run" / f"fold-{fold}"
+        told = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        values.append(min(record["val/loss"] for record in told if "val/loss" in record))
+    assert found[best["number"]]["values"] == {"fold-0": values[0], "fold-1": values[1]}
+    assert best["value"] == pytest.approx(sum(values) / 2, abs=1e-15)
+    assert min(record["value"] for record in found) == best["value"]
+
+
+def write_bags(path: Path) -> None:
+    generator = np.random.default_rng(0)
+    ids = [f"bag-{i}" for i in range(12)]
+    with StoreWriter(path) as writer:
+        for i, set_id in enumerate(ids):
+            writer.add(Bag(set_id, generator.normal(i % 2, 1, (20 + i, 6)).astype(np.float32), label=str(i % 2)))
+        writer.finish(splits=[Split(ids[:8], ids[8:10], ids[10:]), Split(ids[4:], ids[:2], ids[2:4])])
+
+
+def search_bags(folder: Path, *overrides: str) -> list[dict[str, Any]]:
+    chosen = ("data=store", f"data.path={folder}/store", "data.chunk_size=8", "plan.batch=4", "plan.patience=null")
+    with initialize_config_module("conf", version_base="1.3"):
+        said = [*chosen, "plan.evaluate_every=1", "run.bar=false", "run.plots=false", f"run.dir={folder}/search", *overrides]
+        config = OmegaConf.to_container(compose("tune", overrides=said), resolve=True)
+    run_search(config, folder / "search")
+    return records(folder / "search")
 
 
 @pytest.mark.slow
