@@ -19,6 +19,7 @@ from distset.data import ingest_parts
 from distset.data.slides import Features, SlidePlan, Slides
 from distset.files import DiskFull
 from distset.tasks.backbones import cnn
+from distset.versions import installed
 
 pytestmark = pytest.mark.ray
 
@@ -75,6 +76,48 @@ def test_a_worker_that_dies_is_replaced_and_its_slide_made_again(source, runner,
     ours = ingest_parts(wrapped(source, read), tmp_path / "s", runner=runner)
     assert Path(once).exists()
     assert contents(ours.path) == contents(ingest_parts(source, tmp_path / "t").path)
+
+
+@pytest.mark.parametrize("gpu", [False, pytest.param(0.5, marks=pytest.mark.slow)])
+def test_a_slide_that_ends_every_process_is_left_out(source, tmp_path, cluster, monkeypatch, gpu):
+    """In tasks, and in a pool of actors; a share of a GPU is asked for as such."""
+    from distset.cluster import ingestion
+
+    def read(set_id, plainly):
+        if set_id == "s2":
+            with (tmp_path / "starts").open("a") as file:
+                file.write("+")
+            os._exit(1)
+        return plainly(set_id)
+
+    made, asked = wrapped(source, read), []
+    if gpu:  # there is none here, so the ask is noted and met without one
+        plain = ingestion.ray.data.Dataset.map
+        monkeypatch.setattr(ingestion, "require_workers", lambda cluster: None)
+        monkeypatch.setattr(
+            ingestion.ray.data.Dataset,
+            "map",
+            lambda rows, fn, num_gpus, **how: asked.append(num_gpus) or plain(rows, fn, **how),
+        )
+    runner = ingestion.RayRunner(Cluster(workers=2, max_failures=1, gpu=gpu))
+    ours = ingest_parts(made, tmp_path / "s", runner=runner)
+    assert ours.ids == ["s0"]
+    assert (tmp_path / "starts").read_text() == "++"
+    assert "its process ended without a word 2 times" in (tmp_path / "s" / "manifest.csv").read_text()
+    assert asked == ([0.5] if gpu else [])
+    assert contents(ingest_parts(source, tmp_path / "s", retry=True).path) == contents(
+        ingest_parts(source, tmp_path / "t").path
+    )
+
+
+def test_a_cluster_that_does_not_fit_says_so(source, tmp_path, monkeypatch):
+    from distset.cluster import ingestion
+
+    with pytest.raises(ValueError, match=r"cluster.workers: 5 of 9 workers lack a place"):
+        ingest_parts(source, tmp_path / "s", runner=ingestion.RayRunner(Cluster(workers=9)))
+    monkeypatch.setattr(ingestion, "installed", lambda: {**installed(), "torch": "9.9.0"})
+    with pytest.raises(ValueError, match=r"^cluster: a worker on .* has torch .* instead of 9.9.0"):
+        ingest_parts(source, tmp_path / "s", runner=ingestion.RayRunner(Cluster(workers=1)))
 
 
 def test_a_killed_run_goes_on_with_what_is_left(source, runner, tmp_path):
