@@ -60,6 +60,31 @@ def test_a_full_shared_folder_is_said_and_the_last_checkpoint_stays(tmp_path):
     assert torch.equal(loaded["model"]["weight"], state(1)["model"]["weight"])
 
 
+def test_drafts_in_storage_have_names_of_their_own_and_are_cleared_away(tmp_path, monkeypatch):
+    """A writer thought dead must not write into another's draft."""
+    storage = pytest.importorskip("distset.cluster.storage")
+    checkpoints, drafts = storage.StorageCheckpoints(f"file://{tmp_path}"), []
+
+    class Seen:
+        def __init__(self, filesystem) -> None:
+            self.filesystem = filesystem
+
+        def __getattr__(self, name: str):
+            return getattr(self.filesystem, name)
+
+        def open_output_stream(self, path: str):
+            drafts.append(path)
+            return self.filesystem.open_output_stream(path)
+
+    filesystem, root = checkpoints._open()
+    monkeypatch.setattr(checkpoints, "_open", lambda: (Seen(filesystem), root))
+    checkpoints.save(state(1))
+    (tmp_path / "last" / "state.pt.killed.tmp").write_text("half")
+    checkpoints.save(state(2))
+    assert len(drafts) == len(set(drafts)) == 4
+    assert stored(tmp_path) == ["best/state.pt", "last/state.pt"]
+
+
 def test_a_store_that_does_not_answer_is_given_up_in_time():
     storage = pytest.importorskip("distset.cluster.storage")
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections and says nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ LIMIT = 30.0
 class StorageCheckpoints(Checkpoints):
     """As `Checkpoints`, in a file system that pyarrow knows.
 
-    A state is written under another name and moved: object stores show an object when it is complete, file systems rename.
+    A state is written under a name of its own and moved: object stores show an object when it is complete, file systems
+    rename, and a writer thought dead does not write into another's draft.
 
     Args:
         uri: of a folder: ``s3://bucket/runs/digits``, ``gs://...``, ``file:///mnt/shared/...``.
@@ -79,7 +81,10 @@ class StorageCheckpoints(Checkpoints):
         try:
             filesystem, root = self._open()
             filesystem.create_dir(f"{root}/{name}", recursive=True)
-            draft = f"{root}/{name}/state.pt.tmp"
+            for left in filesystem.get_file_info(fs.FileSelector(f"{root}/{name}")):  # by a killed writer
+                if left.path.endswith(".tmp"):
+                    filesystem.delete_file(left.path)
+            draft = f"{root}/{name}/state.pt.{uuid.uuid4().hex}.tmp"
             with filesystem.open_output_stream(draft) as file:
                 file.write(content.getbuffer())
             filesystem.move(draft, f"{root}/{name}/state.pt")
