@@ -16,7 +16,7 @@ from distset.data import Split, Store
 from distset.doctor import data as on_data
 from distset.doctor import machine
 from distset.doctor.findings import Finding, fail, findings_of, ok, warn, worst
-from distset.doctor.footprint import Footprint, measure
+from distset.doctor.footprint import measure, measure_problem
 from distset.problems import runs as problems
 from distset.runs import RunFolder
 from distset.training import is_bags, members
@@ -41,13 +41,13 @@ def examine(config: Config, *, seconds: float = 5.0) -> list[Finding]:
     about_data = list(_data(config, seconds))
     findings += about_data
     there = not is_bags(config) or (worst(about_data) != "fail" and _store_is_there(config))
-    foot: list[Footprint] = []
+    sizes: dict[str, int] = {}
     if there:
-        settings = list(findings_of("settings", partial(_settings, config, foot)))
+        settings = list(findings_of("settings", partial(_settings, config, sizes)))
         findings += settings
         if worst(settings) != "fail":
             findings += findings_of("run", partial(_run_folders, config))
-    findings += _room(config, foot[0] if foot else None, libraries)
+    findings += _room(config, sizes, libraries)
     return findings
 
 
@@ -83,8 +83,8 @@ def _splits(config: Config, store: Store, folds: dict[int, Split], monitor: str 
     yield from on_data.check_splits(store, folds, monitor)
 
 
-def _settings(config: Config, foot: list[Footprint]) -> Iterator[Finding]:
-    """Everything that `train_run` checks before it starts, for each run; the model is built."""
+def _settings(config: Config, sizes: dict[str, int]) -> Iterator[Finding]:
+    """Everything that `train_run` checks before it starts, for each run; the model is built, and its bytes are found."""
     names = []
     for name, own in members(dict(config)):
         names.append(name)
@@ -94,10 +94,12 @@ def _settings(config: Config, foot: list[Footprint]) -> Iterator[Finding]:
         else:
             problems.check_problem(own)
     if is_bags(config):
-        foot.append(measure(own, Store(config["data"]["path"])))
-        yield ok(f"model and plan fit the data: {foot[0].weights / 4:,.0f} parameters")
+        foot = measure(own, Store(config["data"]["path"]))
+        sizes |= {"checkpoints": foot.checkpoints, "training": foot.training}
     else:
-        yield ok("model and plan fit the data")
+        foot = measure_problem(own)
+        sizes |= {"checkpoints": foot.checkpoints}  # what a step holds, this task alone knows
+    yield ok(f"model and plan fit the data: {foot.weights / 4:,.0f} parameters")
     if len(names) > 1:
         yield ok(f"{len(names)} runs: {', '.join(names)}")
 
@@ -119,33 +121,41 @@ def _run_folders(config: Config) -> Iterator[Finding]:
             yield ok(f"{folder} holds this run, without a checkpoint: it starts from the beginning")
 
 
-def _room(config: Config, foot: Footprint | None, libraries: int) -> Iterator[Finding]:
+def _room(config: Config, sizes: Mapping[str, int], libraries: int) -> Iterator[Finding]:
     cluster: Cluster = build(config["cluster"], "cluster")
-    need = None if foot is None else foot.training + libraries + machine.process_memory()[0]
-    far = cluster.workers > 0 and (cluster.address or os.environ.get("RAY_ADDRESS"))
-    runs = len(list(members(dict(config)))) if foot is not None else 1
-    if foot is not None:
-        files = runs * foot.checkpoints
+    need = sizes["training"] + libraries + machine.process_memory()[0] if "training" in sizes else None
+    on_ray = cluster.workers > 0 or cluster.actors > 0
+    far = on_ray and (cluster.address or os.environ.get("RAY_ADDRESS"))
+    if sizes:
+        files = len(list(members(dict(config)))) * sizes["checkpoints"]
         yield from findings_of(
             "disk", lambda: machine.check_disk(Path(config["run"]["dir"]).resolve(), files, "checkpoints")
         )
     if not far:
         if need is not None:
-            workers, free = max(cluster.workers, 1), machine.available_memory()
-            yield from findings_of("memory", lambda: machine.check_memory(need, workers, free))
+            processes, free = max(cluster.workers, 1) * (1 + cluster.actors), machine.available_memory()
+            yield from findings_of("memory", lambda: machine.check_memory(need, processes, free))
+        elif sizes:
+            told = "not estimated for this task: only training on bags of a store is; look at the first steps"
+            yield ok(told)._replace(check="memory")
         yield from findings_of("cluster", lambda: machine.check_cores(cluster))
-    if cluster.workers > 0:
+    if on_ray:
         yield from _cluster(config, cluster, bool(far), need)
 
 
 def _cluster(config: Config, cluster: Cluster, far: bool, need: int | None) -> Iterator[Finding]:
     if importlib.util.find_spec("ray") is None:
-        told = fail("cluster.workers asks for Ray, which is not installed", "pip install 'distset[jobs]', or cluster=none")
+        told = fail(
+            "cluster.workers or cluster.actors asks for Ray, which is not installed",
+            "pip install 'distset[jobs]', or cluster=none",
+        )
         yield told._replace(check="cluster")
         return
     from distset.cluster import preflight
 
-    yield from findings_of("storage", lambda: preflight.check_storage(cluster))
+    if cluster.workers > 0:  # else checkpoints are this process's own
+        yield from findings_of("storage", lambda: preflight.check_storage(cluster))
+    storage = cluster.storage if cluster.workers > 0 else None
     if not far:
         return
     reached = list(findings_of("cluster", lambda: preflight.check_cluster(cluster, need)))
@@ -153,7 +163,7 @@ def _cluster(config: Config, cluster: Cluster, far: bool, need: int | None) -> I
     if any(finding.message.startswith("cluster.address") for finding in reached):
         return
     data = Path(config["data"]["path"]) / "store.json" if is_bags(config) and _store_is_there(config) else None
-    yield from findings_of("nodes", lambda: preflight.check_nodes(data, cluster.storage))
+    yield from findings_of("nodes", lambda: preflight.check_nodes(data, storage))
 
 
 def _store_is_there(config: Config) -> bool:

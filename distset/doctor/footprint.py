@@ -16,11 +16,12 @@ from torch import Tensor
 from distset.build import build
 from distset.data import Store
 from distset.encode import Full
+from distset.problems.runs import build_problem
 from distset.runs import make_task
 from distset.sets import InMemory
 from distset.train import Example
 
-__all__ = ["Footprint", "measure"]
+__all__ = ["Footprint", "measure", "measure_problem"]
 
 PROBE = 2**16
 """Numbers in the smaller of the two chunks, about."""
@@ -41,10 +42,10 @@ class Footprint(NamedTuple):
 
     weights: int
     optimiser: int
-    fixed: float
-    each: float
-    element: int
-    elements: int
+    fixed: float = 0.0
+    each: float = 0.0
+    element: int = 0
+    elements: int = 0
 
     @property
     def checkpoints(self) -> int:
@@ -66,10 +67,19 @@ def measure(config: Mapping[str, Any], store: Store) -> Footprint:
     small = max(2, PROBE // numbers)
     kept = [_saved(task, torch.rand(size, *store.element_shape)) for size in (small, 2 * small)]
     each = (kept[1] - kept[0]) / small
-    weights = sum(p.numel() * p.element_size() for p in task.model.parameters())
-    return Footprint(
-        weights, _optimiser(config, task.model), max(kept[0] - small * each, 0.0), each, 4 * numbers, _at_once(config, store)
+    return _of_model(config, task.model)._replace(
+        fixed=max(kept[0] - small * each, 0.0), each=each, element=4 * numbers, elements=_at_once(config, store)
     )
+
+
+def measure_problem(config: Mapping[str, Any]) -> Footprint:
+    """The footprint of a task with examples of its own: of its model alone."""
+    return _of_model(config, build_problem(config)[0].model)
+
+
+def _of_model(config: Mapping[str, Any], model: torch.nn.Module) -> Footprint:
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return Footprint(weights, _optimiser(config, model))
 
 
 def _at_once(config: Mapping[str, Any], store: Store) -> int:

@@ -52,30 +52,35 @@ def check_software() -> Iterator[Finding]:
 def check_cores(cluster: Cluster) -> Iterator[Finding]:
     """Cores and GPUs of this machine, for workers that run on it."""
     cores, gpus = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    workers = max(cluster.workers, 1)
-    if workers * cluster.cpus > cores:
+    workers, actors = max(cluster.workers, 1), max(cluster.workers, 1) * cluster.actors
+    wanted_cores = workers * cluster.cpus + actors * cluster.actor_cpus
+    wanted_gpus = workers * cluster.gpu + actors * cluster.actor_gpus
+    beside = f" and {actors} actors of {cluster.actor_cpus:g}" if actors else ""
+    if wanted_cores > cores:
         yield warn(
-            f"{workers} workers of {cluster.cpus} cores each on a machine of {cores}",
-            "they take turns; lower cluster.workers or cluster.cpus",
+            f"{workers} workers of {cluster.cpus} cores each{beside} on a machine of {cores}",
+            "they take turns; lower cluster.workers or cluster.cpus" + (", or cluster.actors" if actors else ""),
         )
-    if gpus < workers * cluster.gpu:
+    if gpus < wanted_gpus:
+        beside = f" and {actors} actors {cluster.actor_gpus:g}" if cluster.actor_gpus else ""
         yield fail(
-            f"{workers} workers want {float(cluster.gpu):g} GPU each, torch finds {gpus} here",
+            f"{workers} workers want {float(cluster.gpu):g} GPU each{beside}, torch finds {gpus} here",
             "set cluster.gpu=false, lower cluster.workers, install the driver and a CUDA build of torch, or name a cluster",
         )
-    elif gpus and not cluster.gpu:
+    elif gpus and not wanted_gpus:
         yield warn(f"torch finds {gpus} GPU here, the run will not use it", "choose cluster=gpu")
-    if workers * cluster.cpus <= cores and gpus >= workers * cluster.gpu:
-        yield ok(f"{workers} worker{'s' * (workers > 1)} on this machine: {cores} cores, {gpus} GPU")
+    if wanted_cores <= cores and gpus >= wanted_gpus:
+        beside = f" and {actors} actor{'s' * (actors > 1)}" if actors else ""
+        yield ok(f"{workers} worker{'s' * (workers > 1)}{beside} on this machine: {cores} cores, {gpus} GPU")
 
 
-def check_memory(need: int, workers: int, available: int, where: str = "this machine") -> Iterator[Finding]:
-    """Room for ``workers`` processes of ``need`` bytes each in ``available`` bytes."""
-    told = f"a worker takes about {_size(need)}; {where} has {_size(available)} for {workers}"
+def check_memory(need: int, processes: int, available: int, where: str = "this machine") -> Iterator[Finding]:
+    """Room for ``processes`` of ``need`` bytes each in ``available`` bytes: workers, and actors, which hold chunks as well."""
+    told = f"a worker takes about {_size(need)}; {where} has {_size(available)} for {processes}"
     advice = "lower data.chunk_size, use grad=exact or grad=sampled, a smaller model, or fewer workers on each machine"
-    if need * workers > available:
+    if need * processes > available:
         yield fail(told, advice)
-    elif need * workers > 0.8 * available:
+    elif need * processes > 0.8 * available:
         yield warn(told + ", which is close", advice)
     else:
         yield ok(told)

@@ -16,10 +16,11 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from distset.data import Bag, Split, Store, StoreWriter
+from distset.doctor import examine as examine_module
 from distset.doctor import machine
 from distset.doctor.examine import examine
 from distset.doctor.findings import Finding, findings_of, table, worst
-from distset.doctor.footprint import measure
+from distset.doctor.footprint import measure, measure_problem
 from distset.training import train_run
 from jobs import doctor
 
@@ -211,6 +212,34 @@ def test_cores_and_gpus(store, monkeypatch):
     assert "cluster: 1 workers want 1 GPU each, torch finds 0 here" in failed(look(store, "cluster.gpu=true"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "the run will not use it" in warned(look(store))
+
+
+def test_actors_count_with_and_without_workers(store, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    actors = 2 * len(os.sched_getaffinity(0))
+    found = look(store, "cluster=none", f"cluster.actors={actors}", "cluster.actor_cpus=0.5", "cluster.actor_gpus=1")
+    assert f"1 workers of 1 cores each and {actors} actors of 0.5 on a machine" in warned(found)
+    assert f"1 workers want 0 GPU each and {actors} actors 1, torch finds 0 here" in failed(found)
+    assert f"for {1 + actors}" in found["memory"][0].message
+    assert "cluster.address: nothing answers" in failed(look(store, "cluster.actors=1", "cluster.address=127.0.0.1:9"))
+    monkeypatch.setattr(examine_module.importlib.util, "find_spec", lambda name: None)
+    assert "cluster: cluster.workers or cluster.actors asks for Ray" in failed(look(store, "cluster.actors=1"))
+
+
+def test_a_task_with_examples_of_its_own_is_told_what_its_checkpoints_take(tmp_path):
+    tiny = ("task=oracle", "method@task=diffmf", "data.examples.sets=12", "data.examples.size=20", "data.examples.chosen=3")
+    with initialize_config_module("conf", version_base="1.3"):
+        asked = [*tiny, "cluster=none", "plan.max_steps=2", "plan.epochs=null", "plan.batch=4", "plan.patience=null"]
+        asked += ["plan.evaluate_every=1", f"run.dir={tmp_path}/run", "run.bar=false", "run.plots=false"]
+        config = OmegaConf.to_container(compose("train", overrides=asked), resolve=True)
+    found = {finding.check: finding for finding in examine(config)}
+    assert list(found) == ["software", "settings", "run", "disk", "memory", "cluster"]
+    assert "checkpoints take about" in found["disk"].message
+    assert "not estimated for this task" in found["memory"].message
+    train_run(config, tmp_path / "run")
+    last, best = (tmp_path / "run" / "checkpoints" / name / "state.pt" for name in ("last", "best"))
+    files = 2 * last.stat().st_size + best.stat().st_size
+    assert 0.7 * files < measure_problem(config).checkpoints <= 1.1 * files
 
 
 def test_storage_that_cannot_be_written(store, tmp_path):
