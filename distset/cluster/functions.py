@@ -11,6 +11,8 @@ import ray
 import torch
 from torch import Tensor
 
+from distset.cluster.set_call import LOST
+
 __all__ = ["RemoteFunction"]
 
 
@@ -93,7 +95,7 @@ class RemoteFunction:
             try:
                 values[number] = ray.get(done)
                 load[worker] -= 1
-            except ray.exceptions.RayActorError as error:
+            except LOST as error:
                 ours = [number, *(n for n, w in running.values() if w == worker)]
                 running = {ref: place for ref, place in running.items() if place[1] != worker}
                 self._replace(worker, ours, lost, error)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 
+from distset.cluster.set_call import LOST
 from distset.solvers.base import Solver, TimeLimit
 from distset.solvers.pool import Answer, Pooled, answer
 
@@ -63,7 +64,7 @@ class SolverPool(Pooled):
     def _receive(self, worker: int) -> Answer:
         try:
             return ray.get(self._running.pop(worker))
-        except ray.exceptions.RayActorError:
+        except LOST:
             return Answer(None, 0.0, lost=True)
 
     def _restart(self, worker: int) -> None:

@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from ray import exceptions
 
 from distset.cluster.pool import SolverPool
 from distset.solve import Blackbox, Identity, solve, solve_with_status
@@ -58,6 +59,26 @@ def test_a_killed_actor_is_replaced_and_its_chunk_done_again(cluster, tmp_path):
         assert died.exists()
         cluster.kill(pool._actors[0])
         assert np.array_equal(pool.solve(w), np.eye(4)[w.argmin(1)])
+
+
+@pytest.mark.parametrize("kind", [exceptions.ObjectLostError, exceptions.OwnerDiedError])
+def test_a_chunk_whose_answer_was_lost_is_done_again(cluster, monkeypatch, kind):
+    """As where a node goes down with an answer on it; such a loss is made here, for one node cannot lose itself."""
+    get, losses = cluster.get, []
+
+    def get_or_lose(ref):
+        if losses and not isinstance(ref, list):
+            losses.pop()
+            raise kind("0" * 56, b"", "")
+        return get(ref)
+
+    w = costs(5, 5, batch=8)
+    with SolverPool(Assignment(), 2, when="always") as pool:
+        pool.solve(w)
+        monkeypatch.setattr(cluster, "get", get_or_lose)
+        losses[:] = [1]
+        assert np.array_equal(pool.solve(w), Assignment().solve(w))
+        assert not losses
 
 
 def test_limits_and_errors():
