@@ -46,6 +46,7 @@ class Parts(NamedTuple):
         train, val, test: sequences of examples, lazy ones welcome.
         facts: arguments of the task's factory that follow from the data, for example ``{"dim": 2}``.
         baselines: figures of simple rules on the test part, for the table of results.
+        rules: how examples came about and what baselines do, in words, where a figure means nothing without them.
     """
 
     train: Sequence[Example]
@@ -53,6 +54,7 @@ class Parts(NamedTuple):
     test: Sequence[Example]
     facts: dict[str, Any]
     baselines: dict[str, float] = {}  # noqa: RUF012  (never written to)
+    rules: dict[str, str] = {}  # noqa: RUF012
 
 
 class Task(Protocol):

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from distset import InMemory
+from distset.choose import by_greedy, by_size, by_threshold
 from distset.data.synthetic_offers import gaussian_offers
 from distset.fixed_point import Implicit, Stop
 from distset.gains import Smoothed
 from distset.mean_field import Constant, Nuclear, oracle_loss
 from distset.offers import Offers
 from distset.optim import Optimisation
-from distset.problems.offers import examples
+from distset.problems.offers import _classify, _jaccard, examples
 from distset.set_functions import UserUtility, published_utility
 from distset.tasks.oracle import OracleModel, OracleTask, Solve, diffmf_task, equivset_task, idiffmf_task
 from distset.train import Example, Plan, fit, predict_all
@@ -94,6 +95,44 @@ def test_the_elements_that_count_are_the_same_in_chunks():
     task.negatives = 1
     with pytest.raises(ValueError, match=r"negatives: .* is a batch of offers in chunks"):
         task.loss(batch, seed=0)
+
+
+def test_what_rules_say_is_what_choices_are():
+    task = diffmf_task(2)
+    logits, chosen = torch.randn(4, 9), torch.arange(9).expand(4, 9) < 2
+    assert task.rules["jaccard"] == by_size(logits, 2).rule
+    assert task.rules["predicted_size/f1"] == by_size(logits).rule
+    assert task.rules["threshold/recall"] == by_threshold(logits).rule
+    greedy = by_greedy(task.model.utility, torch.randn(4, 9, 2), 2).rule
+    assert task.rules["greedy/precision"].startswith(greedy)
+    assert set(task.metrics([logits], [chosen])) | set(task.measure(examples(gaussian_offers(2)))) == {*task.rules, "loss"}
+
+
+def test_greedy_ascent_is_measured_over_the_first_hundred_offers():
+    """A utility that likes the elements farther out: the first hundred offers have chosen those, the others not."""
+    x = torch.randn(120, 8, 2, generator=torch.Generator().manual_seed(0))
+    farthest = by_size(x.norm(dim=-1), 3).chosen
+    chosen = torch.where(torch.arange(120).unsqueeze(-1) < 100, farthest, by_size(-x.norm(dim=-1), 3).chosen)
+    far = UserUtility(lambda x, s: (s * x.norm(dim=-1).unsqueeze(-2)).sum(-1))
+    task = OracleTask(OracleModel(far), Solve())
+    task.model.register_parameter("anywhere", torch.nn.Parameter(torch.zeros(())))
+    assert task.measure(examples(Offers(x, chosen), 20)) == dict.fromkeys(
+        ["greedy/jaccard", "greedy/precision", "greedy/recall", "greedy/f1"], 1.0
+    )
+    assert task.measure([Example(InMemory(x[0], chunk_size=4), chosen[0])]) == {}
+
+
+def test_the_classifier_is_fitted_on_elements_alone():
+    """Where S* is the elements above a threshold it knows all there is; where chance decides, of other offers nothing."""
+    x = torch.randn(60, 12, 3, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(12).expand(60, 12) < 11
+    above = (x.sum(-1) > 1) & mask
+    kept = above.any(-1)
+    offers = Offers(x[kept], above[kept], mask[kept])
+    assert _jaccard(_classify(offers, offers), offers) > 0.97
+    chance = Offers(x, by_size(torch.rand(60, 12, generator=torch.Generator().manual_seed(2)), 2).chosen)
+    train, test = (Offers(chance.elements[own], chance.chosen[own]) for own in (slice(0, 30), slice(30, 60)))
+    assert _jaccard(_classify(train, test), test) < 0.25
 
 
 def test_negatives_beside_the_chosen_count_as_often_as_asked():

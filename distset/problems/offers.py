@@ -1,7 +1,8 @@
 """Training, validation and test offers of the oracle's data sets, as the parts of a problem.
 
 Every function gives `distset.train.Parts`: training offers one by one (a step stacks its own), validation and test
-offers in groups, the facts that the task's factory wants, and the Jaccard index of simple rules on the test offers.
+offers in groups, the facts that the task's factory wants, how the offers came about, and the Jaccard index of simple rules
+on the test offers, all at the known size of S*.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ __all__ = ["cells", "compounds", "examples", "faces", "gaussian", "images", "moo
 
 GROUP = 100
 """Validation and test offers solved at once."""
+ELEMENTS, NUMBERS = 50_000, 10_000_000
+"""Training elements that the classifier is fitted on, and numbers in them, at most."""
 
 
 def gaussian(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0) -> Parts:
@@ -50,8 +53,10 @@ def registry(path: str, rest: str, *, features: str = "factors", size: int = 30,
     codes: Tensor | str = read_features(features) if features.endswith(".parquet") else features
     thirds = registry_offers(read_registries(path), rest=rest, size=size, features=codes, fold=fold, seed=seed)
     made = _parts([thirds.train, thirds.val, thirds.test], {"dim": thirds.test.elements.shape[-1]})
-    popular = _jaccard(thirds.popular, thirds.test.chosen)
-    return made._replace(baselines={**made.baselines, "most_popular": popular})
+    return made._replace(
+        baselines={**made.baselines, "most_popular": _jaccard(thirds.popular, thirds.test)},
+        rules={**made.rules, "baseline/most_popular": "items most often chosen in the training third"},
+    )
 
 
 def cells(
@@ -163,11 +168,32 @@ def _parts(made: list[Offers], facts: dict[str, Any]) -> Parts:
     train, val, test = made
     scores = torch.rand(test.chosen.shape, generator=generator_for(0, "random choice"))
     return Parts(
-        examples(train, 1), examples(val, GROUP), examples(test, GROUP), facts, {"random": _jaccard(scores, test.chosen)}
-    )
+        examples(train, 1), examples(val, GROUP), examples(test, GROUP), facts,
+        {"random": _jaccard(scores, test), "classifier": _jaccard(_classify(train, test), test)},
+        {"offers": test.rule, "baseline/classifier": "logistic regression of elements on their own, which sees no offer"},
+    )  # fmt: skip
 
 
-def _jaccard(scores: Tensor, chosen: Tensor) -> float:
+def _classify(train: Offers, test: Offers) -> Tensor:
+    """The log-odds ``(B, N)`` of test elements by a logistic regression of training elements, each on its own."""
+    from sklearn.linear_model import LogisticRegression
+
+    offered = torch.ones_like(train.chosen) if train.mask is None else train.mask
+    places = offered.flatten().nonzero().squeeze(-1)
+    width = train.elements[0, 0].numel()
+    order = torch.randperm(len(places), generator=generator_for(0, "classifier"))
+    some = places[order[: min(ELEMENTS, max(1, NUMBERS // width))]]
+    x, y = train.elements.reshape(-1, width)[some], train.chosen.flatten()[some]
+    model = LogisticRegression(max_iter=200, tol=1e-3)
+    centre, spread = x.mean(0), x.std(0).clamp_min(1e-6)
+    if y.all() or not y.any():
+        return torch.zeros(test.chosen.shape)
+    model.fit(((x - centre) / spread).numpy(), y.numpy())
+    weight = torch.tensor(model.coef_[0], dtype=x.dtype) / spread
+    return test.elements.flatten(2) @ weight
+
+
+def _jaccard(scores: Tensor, offers: Offers) -> float:
     """Of the best |S*| by a score."""
-    found = by_size(scores.float(), chosen.sum(-1)).chosen
-    return float(overlap(found, chosen)["jaccard"].mean())
+    found = by_size(scores.float(), offers.chosen.sum(-1), offers.mask).chosen
+    return float(overlap(found, offers.chosen)["jaccard"].mean())

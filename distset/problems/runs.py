@@ -1,7 +1,8 @@
 """Any `Task` trained from plain configuration: what the experiments that are not bags of a store run on.
 
 ``data.examples`` builds the `Parts` (examples and what the task must know of them), ``task`` builds the task from these
-facts. A task that can show what it learned has ``draw(folder, parts)``; the run writes its pictures last.
+facts. A task that can show what it learned has ``draw(folder, parts)``; one whose figures need the model beside its outputs
+has ``measure(examples)``, asked once for the test part; ``rules`` says in words what its figures mean.
 
 Example:
     >>> from distset.problems.runs import build_problem
@@ -111,13 +112,15 @@ def load_problem(run: RunFolder, which: str = "best") -> Task:
 def write_results(run: RunFolder, outcome: Outcome, *, plots: bool = True) -> None:
     """Curves, the task's own pictures and, as the last thing, ``metrics.json``: where that is, a run is finished."""
     parts: Parts = build(run.config["data"]["examples"], "data.examples")
+    task, scores = load_problem(run), outcome.scores
+    if "test" in scores and hasattr(task, "measure"):
+        scores = {**scores, "test": {**scores["test"], **task.measure(parts.test)}}
     if plots:
         folder = run.path / "plots"
         plot_curves(outcome.history, folder / "loss.png", metrics=["loss"])
         others = [name for name in outcome.scores.get("val", {}) if name != "loss" and "/" not in name]
         if others:
             plot_curves(outcome.history, folder / "metrics.png", metrics=others[:4])
-        task = load_problem(run)
         if hasattr(task, "draw"):
             task.draw(folder, parts)
     figures = {
@@ -126,8 +129,9 @@ def write_results(run: RunFolder, outcome: Outcome, *, plots: bool = True) -> No
         "stopped_early": outcome.stopped,
         "examples": {part: len(getattr(parts, part)) for part in ("train", "val", "test")},
         "baselines": parts.baselines,
+        "rules": {**parts.rules, **getattr(task, "rules", {})},
     }
-    write_json(run.path / "metrics.json", {**figures, **outcome.scores})
+    write_json(run.path / "metrics.json", {**figures, **scores})
 
 
 def describe(metrics: Mapping[str, Any]) -> str:
@@ -137,7 +141,11 @@ def describe(metrics: Mapping[str, Any]) -> str:
         return f"trained for {metrics['steps']} steps; no validation or test examples to measure on"
     lines = [f"{part} ({metrics['examples'][part]} examples), best weights of step {metrics['best_step']}:"]
     rows = {**metrics[part], **{f"baseline/{name}": value for name, value in metrics["baselines"].items()}}
-    return "\n".join([*lines, *(f"  {name:28} {value:.4f}" for name, value in rows.items() if value is not None)])
+    rules = metrics.get("rules", {})
+    lines += [
+        f"  {name:28} {value:.4f}  {rules.get(name, '')}".rstrip() for name, value in rows.items() if value is not None
+    ]
+    return "\n".join([*lines, *(f"  {name}: {rule}" for name, rule in rules.items() if name not in rows)])
 
 
 def _task(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Task:

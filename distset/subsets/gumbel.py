@@ -49,7 +49,8 @@ def relaxed_top_k(keys: Tensor, k: int, tau: float) -> Tensor:
 
     k successive softmaxes :math:`a^{j} = \mathrm{softmax}(\alpha^{j} / \tau)`, each element's share taken out before the
     next: :math:`\alpha^{j+1} = \alpha^{j} + \log(1 - a^{j})`. The logarithm is of the sum of the other shares: no epsilon.
-    No element's sum is negative, but it may exceed 1. A key of ``+inf`` is in, and the softmaxes are of what is left; one of ``-inf`` has no share.
+    No sum is negative, but one may exceed 1. A key of ``+inf`` is in, and the softmaxes are of what is left; one of ``-inf``
+    has no share.
 
     Raises:
         ValueError: for k outside of 0..n or below the number of keys that are ``+inf``, a temperature that is not positive.

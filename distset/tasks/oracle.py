@@ -12,13 +12,13 @@ import warnings
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from distset.choose import by_size, by_threshold, overlap
+from distset.choose import by_greedy, by_size, by_threshold, overlap
 from distset.fixed_point import FixedPointWarning, Implicit, Iteration, OneStep, Solution, Stop, Unrolled
 from distset.gains import Drawn, GainsEstimator, Smoothed
 from distset.large_offers import offer_logits, offer_loss, solve_offer
@@ -30,6 +30,15 @@ from distset.sets import Chunk, ChunkedSet, InMemory
 from distset.train import Example, Parts
 
 __all__ = ["OracleModel", "OracleTask", "Solve", "diffmf_task", "equivset_task", "idiffmf_task"]
+
+RULES = {
+    "": "top psi, size known",
+    "predicted_size/": "top psi, size predicted",
+    "threshold/": "psi >= 0.5",
+    "greedy/": "greedy ascent of F, size known, of the first test offers",
+}
+GREEDY = 100
+"""Offers whose F is climbed: an ascent costs about |S*| mean-field steps."""
 
 
 class Solve(NamedTuple):
@@ -62,6 +71,9 @@ class OracleTask:
     """
 
     at_once = 8  # offers of a step that are solved together
+    rules: ClassVar = {
+        prefix + key: rule for prefix, rule in RULES.items() for key in ("jaccard", "precision", "recall", "f1")
+    }
 
     def __init__(self, model: OracleModel, solve: Solve, *, negatives: int | None = None, samples: int = 5) -> None:
         if negatives is not None and negatives < 1:
@@ -76,9 +88,8 @@ class OracleTask:
         if example.set.num_chunks > 1:
             return self._large_loss(example, seed)
         elements, mask = self._elements(example.set)
-        element_ndim = getattr(self.model.utility, "element_ndim", 1)
-        chosen = _membership(example.target, elements if element_ndim == 0 else elements.flatten(-element_ndim)[..., 0])
-        check_offer(elements, chosen, mask, element_ndim=element_ndim)
+        chosen = self._chosen(example, elements)
+        check_offer(elements, chosen, mask, element_ndim=getattr(self.model.utility, "element_ndim", 1))
         loss = self._cross_entropy(elements, mask, chosen, seed)
         if self.model.recognition is None:
             return loss
@@ -121,6 +132,21 @@ class OracleTask:
                     rows.setdefault(name + key, []).append(values.reshape(-1))
             many = max(1, chosen[..., 0].numel())
             rows.setdefault("loss", []).append(oracle_loss(finite, chosen, mask).reshape(1).expand(many))
+        return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
+
+    def measure(self, examples: Sequence[Example]) -> dict[str, float]:
+        """What psi cannot say: ``greedy/*``, how well F itself is climbed, over the first hundred offers (in one chunk)."""
+        rows: dict[str, list[Tensor]] = {}
+        for example in examples:
+            if example.set.num_chunks > 1:
+                continue
+            elements, mask = self._elements(example.set)
+            chosen = self._chosen(example, elements)
+            found = by_greedy(self.model.utility, elements, chosen.sum(-1), mask).chosen
+            for key, values in overlap(found, chosen).items():
+                rows.setdefault("greedy/" + key, []).append(values.reshape(-1))
+            if sum(map(len, rows["greedy/jaccard"])) >= GREEDY:
+                break
         return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
 
     def draw(self, folder: Path, parts: Parts) -> None:
@@ -221,6 +247,10 @@ class OracleTask:
         if not isinstance(self.model.utility, SumUtility):
             raise ValueError(f"utility: got {type(self.model.utility).__name__}, wanted a SumUtility for offers in chunks")
         return self.model.utility
+
+    def _chosen(self, example: Example, elements: Tensor) -> Tensor:
+        shape = elements.shape[: elements.dim() - getattr(self.model.utility, "element_ndim", 1)]
+        return _membership(example.target, torch.empty(shape, device=elements.device))
 
     def _elements(self, set: ChunkedSet) -> tuple[Tensor, Tensor | None]:
         first = next(self.model.parameters())

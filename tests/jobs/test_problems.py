@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from distset.build import build
-from distset.problems.runs import load_problem
+from distset.problems.runs import describe, load_problem
 from distset.runs import RunFolder
 from distset.training import members, train_run
 from jobs._overrides import CONF
@@ -32,7 +32,9 @@ def test_every_oracle_method_trains_and_is_rebuilt(method, tmp_path):
     metrics = train_run(config, tmp_path)
     assert metrics["steps"] == 2
     assert 0 <= metrics["test"]["jaccard"] <= 1
-    assert {"predicted_size/jaccard", "threshold/jaccard"} <= set(metrics["test"])
+    assert {"predicted_size/jaccard", "threshold/jaccard", "greedy/jaccard"} <= set(metrics["test"])
+    assert set(task_rules := metrics["rules"]) >= {name for name in metrics["test"] if name != "loss"}
+    assert task_rules["greedy/jaccard"].startswith("greedy ascent of F, size known")
     parts = build(config["data"]["examples"])
     task = load_problem(RunFolder(tmp_path))
     again = task.metrics([task.predict(e.set).detach() for e in parts.test], [e.target for e in parts.test])
@@ -62,9 +64,11 @@ def test_the_registry_reports_its_baselines(tmp_path):
     config = composed(
         "task=oracle", "method@task=diffmf", "data=registry", f"data.examples.path={tmp_path / 'ids.csv'}", *SHORT
     )
-    train_run(config, tmp_path / "run")
+    metrics = train_run(config, tmp_path / "run")
     stored = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert set(stored["baselines"]) == {"random", "most_popular"}
+    assert set(stored["baselines"]) == {"random", "most_popular", "classifier"}
+    assert stored["rules"]["offers"] == "registry, rest random"
+    assert "offers: registry, rest random" in describe(metrics)
 
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
