@@ -5,7 +5,8 @@
 Rivals, in the same run and written here in their plain published form: PyEPO's negative identity, whose free solver is a
 linear program of the path's flow, an instance at a time (here by scipy's HiGHS; measured on 4 of the 64 instances and
 scaled, all of them with ``--full``); and the Python Dijkstra published with Blackbox (vertex costs, a heap of tuples, two
-calls a step). One thread. Pools use forked workers; their bars need two cores that are free.
+calls a step). One thread. Pools use forked workers, whose bars need two cores that are free; what a call to workers costs,
+forked and of Ray, and what starting them takes, is measured beside the figures that the automatic choice starts from.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import heapq
 import itertools
 import os
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -239,6 +241,31 @@ def pools() -> tuple[dict, dict]:
     return figures, bars
 
 
+def sending() -> tuple[dict, dict]:
+    """What the automatic choice starts from: a call to two workers that have nothing to solve, and their start."""
+    import ray
+
+    from distset.cluster.pool import SolverPool
+
+    cost, nothing = grids().numpy(), FunctionSolver(np.zeros_like)
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    figures: dict = {}
+    try:
+        for name, kind in (("forked", LocalPool), ("Ray", SolverPool)):
+            with kind(nothing, 2, when="always") as pool:
+                start = time.perf_counter()
+                pool.solve(cost)
+                figures[f"first call to two workers, {name}, s (choice: {kind.startup:g})"] = time.perf_counter() - start
+                seconds = best_times({"call": lambda pool=pool: pool.solve(cost)}, rounds=20)["call"]
+                figures[f"64 grids to two workers and back, {name}, ms (choice: {1e3 * kind.overhead:g})"] = 1e3 * seconds
+        with SolverPool(ShortestPath(), 2, when="always") as pool:
+            same = np.array_equal(pool.solve(cost), ShortestPath().solve(cost))
+    finally:
+        ray.shutdown()
+    return figures, {"same bits on Ray": (float(same), "==", 1.0)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--full", action="store_true", help="all 64 instances for the rivals, more rounds")
@@ -248,7 +275,7 @@ def main() -> int:
     table(rows, title="strategies")
     figures: dict = {"cores": os.cpu_count()}
     bars: dict = {}
-    for part in (rivals(full), tours(full), pools()):
+    for part in (rivals(full), tours(full), pools(), sending()):
         figures |= part[0]
         bars |= part[1]
     own = rows[0]
