@@ -235,6 +235,11 @@ def test_policies_let_in_what_is_needed_and_nothing_else():
         "distset-prometheus-to-metrics": [8080],
         "distset-head-to-redis": [6379],
     }
+    (peer,) = policies["distset-head-to-redis"]["ingress"][0]["from"]
+    assert peer["podSelector"]["matchLabels"] == own
+    (who,) = peer["podSelector"]["matchExpressions"]
+    # KubeRay clears Redis by a job whose pod is the head's but for its type; the cluster is not gone before it is done.
+    assert who == {"key": "ray.io/node-type", "operator": "In", "values": ["head", "redis-cleanup"]}
     for name, spec in policies.items():
         assert spec["policyTypes"] == ["Ingress"]
         for rule in spec["ingress"]:
@@ -393,9 +398,28 @@ def test_the_cluster_can_grow_to_what_the_job_asks_for(name):
             fits = min(fits, int(limits.get("nvidia.com/gpu", 0)))
         room += fits * group["maxReplicas"]
     assert room >= cluster["workers"]
+    assert places_for_actors(cluster, spec) >= cluster["workers"] * cluster["actors"]
     assert cluster["wait_seconds"] >= 600  # nodes take minutes to come
     assert JOBS[name]["spec"]["submissionMode"] == "SidecarMode"
     assert all(group["template"]["spec"]["restartPolicy"] == "Never" for group in groups(spec))
+
+
+def places_for_actors(cluster: Object, spec: Object) -> int:
+    """In groups that have the resources an actor asks for by name, and no GPUs, which are the workers'."""
+    wanted, places = cluster["actor_resources"] or {}, 0
+    for group in spec["workerGroupSpecs"]:
+        own = json.loads(json.loads(group["rayStartParams"].get("resources", '"{}"')))  # quoted for the shell
+        limits = container(group)["resources"]["limits"]
+        if own.keys() == wanted.keys() and "nvidia.com/gpu" not in limits:
+            fits = [own[name] // amount for name, amount in wanted.items()]
+            places += group["maxReplicas"] * min([int(limits["cpu"]) // cluster["actor_cpus"], *fits])
+    return places
+
+
+def test_the_image_has_what_slides_need():
+    (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", (K8S / "Dockerfile").read_text(), re.MULTILINE)
+    assert {"jobs", "slides"} <= set(extras.split(",")) <= PROJECT["optional-dependencies"].keys()
+    assert '".[${EXTRAS}]"' in (K8S / "Dockerfile").read_text()
 
 
 def test_the_readme_names_every_file_and_no_other():
