@@ -75,7 +75,7 @@ def check_cores(cluster: Cluster) -> Iterator[Finding]:
 
 
 def check_memory(need: int, processes: int, available: int, where: str = "this machine") -> Iterator[Finding]:
-    """Room for ``processes`` of ``need`` bytes each in ``available`` bytes: workers, and actors, which hold chunks as well."""
+    """Room for ``processes`` (workers and actors, both hold chunks) of ``need`` bytes each in ``available`` bytes."""
     told = f"a worker takes about {_size(need)}; {where} has {_size(available)} for {processes}"
     advice = "lower data.chunk_size, use grad=exact or grad=sampled, a smaller model, or fewer workers on each machine"
     if need * processes > available:
