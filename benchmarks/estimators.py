@@ -29,6 +29,7 @@ from distset.expect import (
     GumbelSoftmax,
     LeaveOneOut,
     NoBaseline,
+    Past,
     Ridge,
     ScoreFunction,
     Simple,
@@ -75,9 +76,7 @@ def gradients(estimator: Estimator | None, logits: Tensor, f: Cost, rows: int, s
     if estimator is None:
         return published_sfess(logits, f, rows, samples, seed)
     leaf = logits.expand(rows, N).clone().requires_grad_()
-    if isinstance(estimator, IMLE) and isinstance(
-        estimator.target, AdaptiveTarget
-    ):  # an adaptive strength is found in some steps
+    if len(estimator.learned()):  # a strength or a slope is found in some steps
         for step in range(WARM_UP):
             few = leaf.detach()[:4].clone().requires_grad_()
             expect(f, KSubset(few, K), samples, grad=estimator, seed=step).sum().backward()
@@ -101,6 +100,7 @@ def estimators() -> dict[str, Estimator | None]:
         "  leave-one-out": ScoreFunction(LeaveOneOut()),
         "  cross-fitted ridge": ScoreFunction(Ridge()),
         "  cross-fitted slope + ridge": ScoreFunction(Tangent()),
+        "  slope of past steps": ScoreFunction(Past(N)),
         "SIMPLE": Simple(),
         "straight-through": StraightThrough(),
         "GS, tau 0.5": GumbelSoftmax(0.5),

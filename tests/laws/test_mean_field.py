@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distset.fixed_point import Damped, FixedPointWarning, Implicit, OneStep, Status, Stop, Unrolled
-from distset.gains import Drawn, Enumerated, Smoothed
+from distset.gains import Drawn, Enumerated, Smoothed, soft_subset
 from distset.krylov import GMRES, Dense, Neumann
 from distset.mean_field import (
     L2,
@@ -101,19 +101,22 @@ def test_implicit_gradient_of_the_loss_by_enumeration(scale, n):
             assert abs((values[0] - values[1]) / (2 * step) - exact[2][place]) < 1e-6
 
 
-def test_one_step_and_five_steps_are_far_off_where_the_hessian_matters():
-    utility, elements = small(3, n=8, strength=6.0)
+def test_one_step_and_a_few_unrolled_are_off_where_the_hessian_matters():
+    """As fractions of the gradient: .21 for one step at the solution; .26 and .022 for two and five steps from 0.5."""
+    utility, elements = small(3, n=8, strength=30.0)
     chosen = torch.rand(2, 8) < 0.4
 
     def gradient(grad):
-        how = {"iteration": Damped(0.5), "stop": TIGHT} if not isinstance(grad, Unrolled) else {}
+        how = {"iteration": Damped(0.3), "stop": TIGHT} if not isinstance(grad, Unrolled) else {}
         value = mean_field(utility, elements, gains=Enumerated(), grad=grad, **how).value
         return torch.cat([g.flatten() for g in torch.autograd.grad(oracle_loss(value, chosen), list(utility.parameters()))])
 
     exact = gradient(Implicit(Dense()))
-    errors = {repr(g): float((gradient(g) - exact).norm() / exact.norm()) for g in (OneStep(), Unrolled(5))}
+    errors = [float((gradient(g) - exact).norm() / exact.norm()) for g in (OneStep(), Unrolled(2), Unrolled(5))]
     print(errors)
-    assert errors["OneStep()"] > 0.04
+    assert errors[0] > 0.1
+    assert errors[1] > 0.1
+    assert errors[2] > 0.01
 
 
 @pytest.mark.parametrize("derivative", ["score", "differences"])
@@ -232,6 +235,22 @@ def normal_mean(function, mean, spread):
     return (function(mean + spread * z) * torch.exp(-(z**2) / 2)).sum() * (z[1] - z[0]) / math.sqrt(2 * math.pi)
 
 
+def smoothed_gain(psi, scale, centre):
+    """The mean gain of the first element by the house's own smoothing, at draws that make its sum go through a grid."""
+    utility = SumUtility(nn.Identity(), nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1))).double()
+    with torch.no_grad():
+        for layer, weight, bias in ((utility.head[0], scale, -centre * scale), (utility.head[2], 1.0, 0.0)):
+            layer.weight.fill_(weight)
+            layer.bias.fill_(bias)
+    z = torch.linspace(-9, 9, 401, dtype=torch.float64)
+    spread = (psi * (1 - psi)).sqrt()
+    normal = z.unsqueeze(-1) * spread / spread[1:].norm()  # the others' sum is then its mean plus z of its deviations
+    soft, ones = soft_subset(torch.logit(psi), normal), torch.ones(len(psi), 1, dtype=torch.float64)
+    rows = utility.gains_of_sums(ones, soft @ ones, soft, None).detach()
+    weight = torch.exp(-(z**2) / 2)
+    return (rows[:, 0] @ weight) / weight.sum()
+
+
 def test_bias_of_smoothing_is_within_lindebergs_bound_and_falls_with_n():
     """Elements alike but for psi, so that the sum is a count with a known law; the head sees it at a scale of sqrt(n)."""
     biases = []
@@ -250,6 +269,7 @@ def test_bias_of_smoothing_is_within_lindebergs_bound_and_falls_with_n():
         third = (others * (1 - others) * (others**2 + (1 - others) ** 2)).sum()
         normal_third = 2 * math.sqrt(2 / math.pi) * (others * (1 - others)).pow(1.5).sum()
         bound = 2 * 2 * scale**3 / 6 * (third + normal_third)
+        torch.testing.assert_close(smoothed_gain(psi, scale, centre), smooth, rtol=1e-9, atol=1e-13)
         biases.append(float((smooth - exact).abs()))
         assert biases[-1] <= bound
     print(dict(zip((4, 16, 64, 256, 1024), biases)))

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.distributions import kl_divergence
 
-from distset.subsets import KSubset, gumbel_top_k, relaxed_top_k
+from distset.sets import InMemory
+from distset.subsets import ChunkedKSubset, KSubset, gumbel_top_k, relaxed_top_k
 
 SMALL = [(1, 1), (2, 1), (3, 2), (5, 4), (8, 3), (10, 5), (12, 1), (12, 6), (12, 11)]
 
@@ -109,8 +110,22 @@ def count_pmf(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
     return pmf
 
 
-def extended(logits: Tensor, k: int, some: list[int]) -> tuple[float, list[float]]:
-    """log e_k, and the inclusion probabilities of ``some`` elements, in extended precision."""
+def without_one(p: np.ndarray, q: np.ndarray, k: int) -> np.ndarray:
+    """P(count of the others = k - 1) for each element: a convolution of those before it and those after it."""
+    before = np.zeros((len(p) + 1, k), np.longdouble)
+    before[0, 0] = 1
+    for i, (yes, no) in enumerate(zip(p, q)):
+        before[i + 1] = before[i] * no
+        before[i + 1, 1:] += before[i, :-1] * yes
+    after, found = before[0].copy(), np.zeros(len(p), np.longdouble)
+    for i in range(len(p) - 1, -1, -1):
+        found[i] = before[i] @ after[::-1]
+        after[1:], after[0] = after[1:] * q[i] + after[:-1] * p[i], after[0] * q[i]
+    return found
+
+
+def extended(logits: Tensor, k: int) -> tuple[float, Tensor]:
+    """log e_k, and the inclusion probabilities of all elements, in extended precision."""
     theta = logits.numpy().astype(np.longdouble)
     cut = np.sort(theta)[::-1]
     tilt = -(cut[k - 1] + cut[k]) / 2  # any tilt is right; this one is near the best
@@ -123,8 +138,8 @@ def extended(logits: Tensor, k: int, some: list[int]) -> tuple[float, list[float
     whole = count_pmf(p, q, k)[k]
     a = theta + tilt
     softplus = np.maximum(a, 0) + np.log1p(np.exp(-np.abs(a)))
-    inclusion = [float(p[i] * count_pmf(np.delete(p, i), np.delete(q, i), k - 1)[k - 1] / whole) for i in some]
-    return float(softplus.sum() + np.log(whole) - k * tilt), inclusion
+    inclusion = (p * without_one(p, q, k) / whole).astype(np.float64)
+    return float(softplus.sum() + np.log(whole) - k * tilt), torch.from_numpy(inclusion)
 
 
 def shapes_of_logits(n: int, k: int) -> dict[str, Tensor]:
@@ -140,12 +155,10 @@ def shapes_of_logits(n: int, k: int) -> dict[str, Tensor]:
 )
 def test_against_extended_precision(shape: str, n: int, k: int) -> None:
     logits = shapes_of_logits(n, k)[shape]
-    order = logits.argsort(descending=True)
-    some = order[[0, k - 1, k, n - 1]].tolist()
-    log_normalizer, inclusion = extended(logits, k, some)
+    log_normalizer, inclusion = extended(logits, k)
     subset = KSubset(logits, k)
     torch.testing.assert_close(float(subset.log_normalizer()), log_normalizer, rtol=1e-13, atol=1e-13)
-    close(subset.inclusion_probabilities()[some], torch.tensor(inclusion, dtype=torch.float64), atol=1e-13)
+    close(subset.inclusion_probabilities(), inclusion, atol=1e-13)
     close(subset.inclusion_probabilities().sum(), torch.tensor(float(k), dtype=torch.float64), atol=1e-12 * k)
 
 
@@ -343,6 +356,20 @@ def test_exact_samples_pass_chi_square_and_gumbel_top_k_does_not(n: int, k: int,
     if k > 1 and scale:
         gumbel = gumbel_top_k(logits, k, (100_000,), generator=torch.Generator().manual_seed(0))
         assert chi_square(gumbel, log_prob) < 1e-6
+
+
+@pytest.mark.parametrize(("n", "k", "scale"), [(10, 5, 1.0), (11, 8, 2.0)])
+def test_the_tree_draws_from_the_joint_law(n: int, k: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small sets are drawn from a table; here they go down the tree, in one piece and in three."""
+    for module in ("distribution", "chunked"):
+        monkeypatch.setattr(f"distset.subsets.{module}.uses_table", lambda n, k: False)
+    logits = randn(n, scale=scale)
+    subset = KSubset(logits, k)
+    z = subset.sample((20_000,), seed=4)
+    assert subset._table is None
+    assert chi_square(z, Enumerated(logits, k).log_prob) > 1e-3
+    chunked = ChunkedKSubset(InMemory(logits.unsqueeze(-1), chunk_size=4), k)
+    assert (torch.cat(list(chunked.sample((1000,), seed=4)), -1) == z[:1000]).all()
 
 
 def test_samples_of_large_sets_have_the_inclusion_probabilities() -> None:
