@@ -58,18 +58,19 @@ def test_the_decoder_is_a_network_of_code_and_place():
     model, code, places = task.model, torch.randn(3, 8), pixel_places(8, 8)
     joined = nn.Linear(10, 8)
     with torch.no_grad():
-        joined.weight.copy_(torch.cat([model.from_code.weight, model.from_place[1].weight], 1))
-        joined.bias.copy_(model.from_code.bias)
+        norm, linear = model.from_code
+        joined.weight.copy_(torch.cat([linear.weight, model.from_place[1].weight], 1))
+        joined.bias.copy_(linear.bias)
         got = model.from_code(code).unsqueeze(-2) + model.from_place(places)
-        each = torch.cat([code.unsqueeze(1).expand(-1, 64, -1), places.expand(3, -1, -1)], -1)
+        each = torch.cat([norm(code).unsqueeze(1).expand(-1, 64, -1), places.expand(3, -1, -1)], -1)
         torch.testing.assert_close(got, joined(each))
 
 
 def test_waves_are_those_of_the_place_alone():
-    x = torch.tensor([[0.5, -1.0, 7.0]])
+    x = torch.tensor([[0.5, -1.0, 0.75]])
     got = Waves(2)(x)[0].tolist()
     angles = np.array([0.25, 0.5, -0.5, -1.0]) * np.pi
-    assert got == pytest.approx([0.5, -1.0, 7.0, *np.sin(angles), *np.cos(angles)], abs=1e-6)
+    assert got == pytest.approx([0.5, -1.0, 0.5, *np.sin(angles), *np.cos(angles)], abs=1e-6)
     assert Waves(0)(x) is x
     small_task(frequencies=3).predict(InMemory(torch.rand(2, 9, 3), 4))
 

@@ -109,7 +109,7 @@ def globe(
 
 
 def _first_of_each(flags: Tensor) -> Tensor:
-    """The numbers of the flags ``(N, H, W, 3)`` that differ from all before them by a hundredth of the range or more (RMS)."""
+    """The numbers of the flags ``(N, H, W, 3)`` that differ (RMS) from all before them by .01 of the range or more."""
     flat = flags.flatten(1).float() / 255
     apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") / flat.shape[1] ** 0.5
     return (~(apart < 0.01).tril(-1).any(-1)).nonzero().squeeze(-1)

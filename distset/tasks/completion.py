@@ -68,8 +68,9 @@ class CompletionModel(nn.Module):
         super().__init__()
         self.encoder, self.pool, self.grad = encoder, pool, grad
         waves = Waves(frequencies)
-        # A linear layer of (code, place) in two parts: the code's is computed once a set, not once a pixel.
-        self.from_code = nn.Linear(width, width)
+        # A linear layer of (code, place) in two parts: the code's is computed once a set, not once a pixel. The code is a
+        # mean over hundreds of pixels, nearly the same for all images at first: normalised, its differences are seen.
+        self.from_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.from_place = nn.Sequential(waves, nn.Linear(2 + waves.added, width, bias=False))
         hidden: list[nn.Module] = []
         for _ in range(layers - 1):

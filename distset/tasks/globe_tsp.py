@@ -29,7 +29,7 @@ from distset.solvers.base import Solver
 from distset.solvers.tour import Tour
 from distset.train import Example, Parts
 
-__all__ = ["FlagLocator", "GlobeTask", "GlobeTour", "chords", "globe_task", "hamming", "perfect"]
+__all__ = ["FlagLocator", "GlobeTask", "GlobeTour", "chords", "globe_task", "hamming", "perfect", "squared"]
 
 
 class FlagLocator(nn.Module):
@@ -85,20 +85,26 @@ class GlobeTask:
 
     Args:
         model: flags up to tours.
+        loss: "squared" or "hamming"; they are one number on tours, but only the gradient of `squared` vanishes where a tour
+            is right. By that of `hamming`, `Identity` moves costs of right tours for ever: to 0 where nothing is
+            projected, else to a globe out of shape.
         gradient_noise: of the loss gradient at the tours, as a multiple of its norm (the robustness study).
         at_once: combinations solved together, as many as a step has for the papers' batches.
     """
 
-    def __init__(self, model: GlobeTour, *, gradient_noise: float = 0.0, at_once: int = 50) -> None:
+    def __init__(self, model: GlobeTour, *, loss: str = "squared", gradient_noise: float = 0.0, at_once: int = 50) -> None:
+        if loss not in LOSSES:
+            raise ValueError(f"loss: got {loss!r}, wanted one of {', '.join(LOSSES)}")
+        self.distance = LOSSES[loss]
         self.model, self.gradient_noise, self.at_once = model, gradient_noise, at_once
         self.alarm = model.alarm = CollapseAlarm(ndim=2)  # within the model: checkpoints keep its state
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
-        """`hamming` of one combination, or of a batch of them."""
+        """The loss of one combination, or of a batch of them."""
         return self.batch_loss([example], seed=seed)
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
-        """`hamming` over all combinations of the examples; the alarm rings where the costs collapse."""
+        """The mean loss over all combinations of the examples; the alarm rings where the costs collapse."""
         device = next(self.model.parameters()).device
         flags = torch.cat([_elements(example.set).flatten(0, -5) for example in examples]).to(device)
         countries, truth = (torch.cat([example.target[i].to(device) for example in examples]) for i in (0, 1))
@@ -108,7 +114,7 @@ class GlobeTask:
         if self.gradient_noise and found.requires_grad:
             generator = generator_for(seed, "gradient noise")
             found.register_hook(lambda g: g + self.gradient_noise * _noise(g, generator))
-        return hamming(found, truth)
+        return self.distance(found, truth)
 
     def predict(self, set: ChunkedSet) -> Tensor:
         """The tour and the costs it was found by, ``(2, *, k, k)``."""
@@ -134,10 +140,16 @@ class GlobeTask:
 
 
 def globe_task(
-    *, size: tuple[int, int], grad: Strategy | None = None, gradient_noise: float = 0.0, solver: Solver | None = None
+    *,
+    size: tuple[int, int],
+    grad: Strategy | None = None,
+    loss: str = "squared",
+    gradient_noise: float = 0.0,
+    solver: Solver | None = None,
 ) -> GlobeTask:
     """A task for flags of ``size`` (height, width); ``grad`` is `Identity()` if None."""
-    return GlobeTask(GlobeTour(FlagLocator(*size), grad or Identity(), solver), gradient_noise=gradient_noise)
+    model = GlobeTour(FlagLocator(*size), grad or Identity(), solver)
+    return GlobeTask(model, loss=loss, gradient_noise=gradient_noise)
 
 
 def chords(points: Tensor) -> Tensor:
@@ -149,6 +161,14 @@ def chords(points: Tensor) -> Tensor:
 def hamming(found: Tensor, truth: Tensor) -> Tensor:
     """Entries that differ, a tour on average; as published, its gradient is 1 - 2 truth, right or wrong."""
     return (found * (1 - truth) + (1 - found) * truth).sum((1, 2)).mean()
+
+
+def squared(found: Tensor, truth: Tensor) -> Tensor:
+    """Entries that differ, a tour on average; its gradient is 2 (found - truth), 0 where a tour is right."""
+    return (found - truth).square().sum((1, 2)).mean()
+
+
+LOSSES = {"squared": squared, "hamming": hamming}
 
 
 def perfect(found: Tensor, truth: Tensor) -> float:

@@ -107,7 +107,8 @@ class LinearFeatures(Features):
 
 
 class Waves(nn.Module):
-    r"""The first two entries x of an element, a place in [-1, 1]², also as sines and cosines of :math:`2^j \pi x / 2`.
+    r"""The first two entries x of an element, a place in [-1, 1]², also as sines and cosines of :math:`2^j \pi x / 2`, and
+    its values in [0, 1] spread over [-1, 1].
 
     A network of few steps tells near places apart by these; ``frequencies=0`` leaves elements as they are.
 
@@ -133,7 +134,7 @@ class Waves(nn.Module):
         if self.frequencies == 0:
             return x
         angles = (x[..., :2].unsqueeze(-1) * self.rates).flatten(-2)
-        return torch.cat([x, angles.sin(), angles.cos()], -1)
+        return torch.cat([x[..., :2], 2 * x[..., 2:] - 1, angles.sin(), angles.cos()], -1)
 
 
 class FittedMixture(nn.Module):

@@ -10,7 +10,7 @@ from distset.seeds import seeded
 from distset.sets import InMemory
 from distset.solve import Blackbox, Identity
 from distset.solvers import ShortestPath, Tour
-from distset.tasks.globe_tsp import GlobeTask, chords, globe_task, hamming, perfect
+from distset.tasks.globe_tsp import GlobeTask, chords, globe_task, hamming, perfect, squared
 from distset.tasks.keypoints import matching_task
 from distset.tasks.retrieval import retrieval_task
 from distset.tasks.terrain import cost_ratio, path_loss, terrain_task
@@ -60,7 +60,12 @@ def test_chords_and_tours(made_globe):
     torch.testing.assert_close(chords(points), torch.cdist(points, points), atol=1e-3, rtol=1e-4)
     tours = made_globe.tours(countries)
     assert Tour().feasible(tours.numpy()).all()
-    assert hamming(tours, tours) == 0
+    other = made_globe.tours(countries.flip(0))
+    assert hamming(tours, tours) == squared(tours, tours) == 0
+    assert hamming(tours, other) == squared(tours, other) > 0
+    found = tours.clone().requires_grad_()
+    assert torch.autograd.grad(hamming(found, tours), found)[0].abs().min() > 0
+    assert torch.autograd.grad(squared(found, tours), found)[0].abs().max() == 0  # what is right stays
     assert perfect(tours, tours) == 1
     twin = torch.zeros(1, 4, 3, requires_grad=True)
     chords(twin).sum().backward()
@@ -87,7 +92,7 @@ def test_noise_on_the_gradient_has_the_length_it_says(made_globe):
     examples = list(globe.Combinations(made_globe, countries, made_globe.tours(countries)))
     found = {}
     for level in (0.0, 1.0):
-        task = made(globe_task, size=(20, 40), gradient_noise=level, grad=Identity("none"))
+        task = made(globe_task, size=(20, 40), loss="hamming", gradient_noise=level, grad=Identity("none"))
         costs = []
         task.alarm = costs.append
         task.batch_loss(examples, seed=1)
