@@ -13,7 +13,7 @@ from distset.problems import globe, keypoints, terrain
 from distset.seeds import seeded
 from distset.sets import InMemory
 from distset.solve import Identity
-from distset.tasks.globe_tsp import globe_task, hamming
+from distset.tasks.globe_tsp import globe_task
 from distset.tasks.keypoints import matching_task
 from distset.tasks.retrieval import retrieval_task
 from distset.tasks.terrain import terrain_task
@@ -65,8 +65,8 @@ class Stop(Watch):
 def train(tours, strategy, folder=None, watch=None):
     """12 steps with a checkpoint after each; the task, of the same weights every time."""
     with seeded(0, torch.device("cpu")):
-        task = globe_task(size=(20, 40), grad=strategy)
-    task.distance = hamming  # the published loss: its gradient moves the costs of right tours, too
+        # The published loss: its gradient moves the costs of right tours, too.
+        task = globe_task(size=(20, 40), grad=strategy, loss="hamming")
     plan = Plan(epochs=None, max_steps=12, batch=20, monitor=None, checkpoint_every=1)
     adam = Optimisation(torch.optim.Adam, lr=1e-3, schedule="constant")
     fit(task, tours, plan=plan, optimisation=adam, checkpoints=folder and Checkpoints(folder), watch=watch)
