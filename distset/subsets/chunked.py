@@ -22,6 +22,7 @@ from distset.states import Sum
 from distset.subsets import quadrature as rules
 from distset.subsets.counts import CountTree, Level, Visits
 from distset.subsets.distribution import KSubset, check_k, drawn_seed, uses_table
+from distset.subsets.quadrature import stable_softplus
 
 __all__ = ["ChunkedKSubset", "LogitTable", "element_as_logit"]
 
@@ -55,7 +56,7 @@ class ChunkedKSubset:
         self.set, self.n, self.batch_shape = set, len(set), set.batch_shape
         self.k = check_k(k, self.n, set.batch_shape)
         score = element_as_logit if logits is None else logits
-        k_rows = self.k.expand(self.batch_shape).reshape(-1).double()
+        k_rows = self._k_rows.double()
         self._range: rules.LogitRange = set.merge(_range, score)
         left = k_rows - self._range.forced
         if bool(((left < 0) | (left > self._range.n)).any()):
@@ -82,6 +83,53 @@ class ChunkedKSubset:
         """In nats, ``(*)``."""
         return (self.set.merge(_entropy, self._rows, self._rule).total + self._rule.log_count).reshape(self.batch_shape)
 
+    def log_prob(self, indices: Tensor) -> Tensor:
+        """The log-probability ``(..., *)`` of subsets given by positions ``(..., *, k)``, as `sample_indices` has them.
+
+        -inf where a position is named twice, or an element is in that cannot be, or one is out that must be in.
+
+        Raises:
+            ValueError: for another shape, positions outside of the set; where k differs between rows.
+        """
+        wanted = (*self.batch_shape, self._one_k())
+        lead = indices.shape[: max(0, indices.dim() - len(wanted))]
+        if indices.dtype != torch.int64 or indices.shape != (*lead, *wanted):
+            shape = ", ".join(map(str, wanted))
+            raise ValueError(f"indices: got {indices.dtype} {tuple(indices.shape)}, wanted torch.int64 (..., {shape})")
+        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= self.n):
+            raise ValueError(f"indices: got {int(indices.min())} to {int(indices.max())}, wanted 0 to {self.n - 1}")
+        rows = indices.reshape(lead.numel(), len(self._free_k), wanted[-1])
+        surprise, size, wrong = self.set.merge(_surprise, self._rows, self._rule.tilt, rows).total.unbind(-1)
+        found = -(surprise + self._rule.log_count).masked_fill((size != wanted[-1]) | (wrong > 0), math.inf)
+        return found.reshape(indices.shape[:-1])
+
+    def mode(self) -> Iterator[Tensor]:
+        """The most probable subset, chunk by chunk: zeros and ones ``(*, N)``, float32; ties go to the lower position."""
+        positions = self._best.masked_fill(torch.arange(self._best.shape[-1]) >= self._k_rows.unsqueeze(-1), -1)
+        for start, size in zip(self._starts, self.set.sizes):
+            yield _members(positions, start, size).float().reshape(*self.batch_shape, size)
+
+    def mode_indices(self) -> Tensor:
+        """Positions of the most probable subset's elements, ascending, ``(*, k)``.
+
+        Raises:
+            ValueError: where k differs between rows.
+        """
+        return self._best.sort(-1).values.reshape(*self.batch_shape, self._one_k())
+
+    def kl_divergence(self, other: ChunkedKSubset) -> Tensor:
+        """``KL(self || other)`` in nats, exact, ``(*)``; ``inf`` where this one chooses what the other cannot.
+
+        Raises:
+            ValueError: for distributions over different sets.
+        """
+        if other.set is not self.set:
+            raise ValueError(f"other: got a distribution over {other.set!r}, wanted one over the same set, {self.set!r}")
+        parts = self.set.merge(_crossed, self._rows, self._rule, other._rows, other._rule.tilt).total
+        crossed, impossible = parts.unbind(-1)
+        found = crossed + other._rule.log_count - self.entropy().reshape(-1)
+        return found.masked_fill((impossible > 0) | (self._k_rows != other._k_rows), math.inf).reshape(self.batch_shape)
+
     def sample(self, sample_shape: Any = (), *, seed: int | None = None) -> Iterator[Tensor]:
         """Exact samples, chunk by chunk: zeros and ones ``(*sample_shape, *, N)``, float32."""
         sample_shape = torch.Size(sample_shape)
@@ -96,13 +144,16 @@ class ChunkedKSubset:
         Raises:
             ValueError: where k differs between rows.
         """
-        if self.k.numel() > 1 and bool((self.k != self.k.flatten()[0]).any()):
-            raise ValueError("k: differs between rows, so that indices are ragged; use sample()")
-        sample_shape = torch.Size(sample_shape)
+        k, sample_shape = self._one_k(), torch.Size(sample_shape)
         rows = len(self._free_k)
         parts = zip(self._chosen(sample_shape.numel(), seed), self._starts)
         keys = [(v.sample * rows + v.row) * self.n + v.position + start for v, start in parts]
-        return (torch.cat(keys).sort().values % self.n).reshape(*sample_shape, *self.batch_shape, int(self.k.flatten()[0]))
+        return (torch.cat(keys).sort().values % self.n).reshape(*sample_shape, *self.batch_shape, k)
+
+    def _one_k(self) -> int:
+        if self.k.numel() > 1 and bool((self.k != self.k.flatten()[0]).any()):
+            raise ValueError("k: differs between rows, so that indices are ragged; use sample(), or mode()")
+        return int(self.k.flatten()[0])
 
     def _chosen(self, count: int, seed: int | None) -> Iterator[Visits]:
         """Of each chunk, the chosen elements by their position in the chunk."""
@@ -135,6 +186,21 @@ class ChunkedKSubset:
             for number in chunk.unique().tolist():
                 by_chunk.setdefault(number, {})[level] = found.select(chunk == number)
         return by_chunk
+
+    @cached_property
+    def _k_rows(self) -> Tensor:
+        return self.k.expand(self.batch_shape).reshape(-1)
+
+    @cached_property
+    def _best(self) -> Tensor:
+        """Positions of the highest logits ``(B, max k)``, best first."""
+        most = int(self.k.max())
+        best = torch.empty(len(self._k_rows), 0, dtype=torch.float64), torch.empty(len(self._k_rows), 0, dtype=torch.int64)
+        for found in self.set.map(_highest, self._rows.score, most):
+            logits, positions = (torch.cat(pair, -1) for pair in zip(best, found))
+            order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+            best = logits.gather(-1, order), positions.gather(-1, order)
+        return best[1]
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -240,6 +306,45 @@ def _settled(chunk: Chunk, rows: _Rows) -> Sum:
 def _entropy(chunk: Chunk, rows: _Rows, rule: rules.Quadrature) -> Sum:
     free = rows.split(chunk)[0]
     return Sum(rules.chunk_surprise(free, rule), free.isfinite().sum(-1))
+
+
+def _members(positions: Tensor, start: int, size: int) -> Tensor:
+    """Which of the elements ``start`` to ``start + size - 1`` are at ``positions (B, K)``: bool ``(B, size)``."""
+    row, place = ((positions >= start) & (positions < start + size)).nonzero().unbind(-1)
+    z = torch.zeros(len(positions), size, dtype=torch.bool, device=positions.device)
+    z[row, positions[row, place] - start] = True
+    return z
+
+
+def _surprise(chunk: Chunk, rows: _Rows, tilt: Tensor, indices: Tensor) -> Sum:
+    """Of each subset the free elements' part of ``-log p``, the number of its elements, and that of impossible fates."""
+    free, included = rows.split(chunk)
+    a, open_ = free + tilt.unsqueeze(-1), free.isfinite()
+    parts = []
+    for positions in indices:
+        z = _members(positions, chunk.start, chunk.size)
+        own = stable_softplus(torch.where(z, -a, a)).masked_fill(~open_, 0.0)
+        wrong = (z != included) & ~open_
+        parts.append(torch.stack([own.sum(-1), z.sum(-1).double(), wrong.sum(-1).double()], -1))
+    return Sum(torch.stack(parts), included.sum(-1))
+
+
+def _highest(chunk: Chunk, score: Score, most: int) -> tuple[Tensor, Tensor]:
+    """The highest logits ``(B, M)`` and their positions in the set, best first, ties by position."""
+    found = _rows_of_logits(chunk, score).sort(dim=-1, descending=True, stable=True)
+    return found.values[:, :most].clone(), found.indices[:, :most] + chunk.start
+
+
+def _crossed(chunk: Chunk, rows: _Rows, rule: rules.Quadrature, others: _Rows, tilt: Tensor) -> Sum:
+    """The mean surprise of the others' free elements under these rows, and the number of fates they cannot have."""
+    free, included = rows.split(chunk)
+    inside, outside = rules.chunk_inclusion(free, rule)
+    inside, outside = inside + included, outside.masked_fill(included, 0.0)
+    theirs, surely = others.split(chunk)
+    a, open_ = theirs + tilt.unsqueeze(-1), theirs.isfinite()
+    terms = (inside * stable_softplus(-a) + outside * stable_softplus(a)).masked_fill(~open_, 0.0)
+    wrong = ((inside > 0) & ~open_ & ~surely) | ((outside > 0) & surely)
+    return Sum(torch.stack([terms.sum(-1), wrong.sum(-1).double()], -1), open_.sum(-1))
 
 
 def _exports(chunk: Chunk, rows: _Rows, tilt: Tensor) -> dict[int, Level]:

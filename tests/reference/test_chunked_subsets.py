@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from distset.sets import Chunk, InMemory
 from distset.states import merge_tree
@@ -34,7 +35,16 @@ def test_equal_to_in_memory_for_any_partition(partition: dict) -> None:
     torch.testing.assert_close(pi, whole.inclusion_probabilities(), rtol=1e-12, atol=1e-14)
     z = torch.cat(list(parts.sample((40,), seed=3)), -1)
     assert (z == whole.sample((40,), seed=3)).all()
-    assert (parts.sample_indices((40,), seed=3) == whole.sample_indices((40,), seed=3)).all()
+    indices = parts.sample_indices((40,), seed=3)
+    assert (indices == whole.sample_indices((40,), seed=3)).all()
+    torch.testing.assert_close(parts.log_prob(indices), whole.log_prob(z), rtol=1e-13, atol=0)
+    assert (torch.cat(list(parts.mode()), -1) == whole.mode).all()
+    assert (parts.mode_indices() == whole.mode.nonzero().squeeze(-1)).all()
+    logits = torch.stack([logits, randn(1000, seed=1)], -1)
+    both = InMemory(logits, **partition)
+    p, q = (ChunkedKSubset(both, 90, logits=Column(i)) for i in range(2))
+    exact = kl_divergence(whole, KSubset(logits[:, 1], 90))
+    torch.testing.assert_close(p.kl_divergence(q), exact, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("partition", PARTITIONS[1:])
@@ -52,6 +62,47 @@ def test_batches_masks_and_infinite_logits(partition: dict) -> None:
     z = torch.cat(list(parts.sample((10,), seed=1)), -1)
     assert (z == whole.sample((10,), seed=1)).all()
     assert (z.sum(-1) == k).all()
+    assert (torch.cat(list(parts.mode()), -1) == whole.mode).all()
+    torch.testing.assert_close(parts.kl_divergence(parts), torch.zeros(3).double(), rtol=0, atol=1e-11)
+    with pytest.raises(ValueError, match="k: differs between rows"):
+        parts.mode_indices()
+
+
+class Column:
+    """Scores elements by one of their numbers."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __call__(self, chunk: Chunk) -> Tensor:
+        return chunk.elements[..., self.number]
+
+
+def test_subsets_that_cannot_be_and_ties() -> None:
+    logits = torch.tensor([[0.0, math.inf, 1.0, 1.0, -math.inf, 1.0, 0.5], [0.0] * 7], dtype=torch.float64)
+    set = InMemory(logits.unsqueeze(-1), chunk_size=3)
+    parts, whole = ChunkedKSubset(set, 3), KSubset(logits, 3)
+    assert parts.mode_indices().tolist() == [[1, 2, 3], [0, 1, 2]]
+    tries = torch.tensor([[1, 2, 6], [0, 2, 3], [1, 2, 4], [1, 2, 2]])  # right; 1 missing; 4 impossible; 2 twice
+    z = torch.zeros(4, 7).scatter(-1, tries, 1.0)
+    both = tries.unsqueeze(1).expand(4, 2, 3)
+    torch.testing.assert_close(parts.log_prob(both), whole.log_prob(z.unsqueeze(1).expand(4, 2, 7)))
+    assert parts.log_prob(both)[1:, 0].tolist() == [-math.inf] * 3
+    free = ChunkedKSubset(set, 3, logits=lambda chunk: torch.zeros(2, chunk.size))
+    assert free.kl_divergence(parts).tolist() == [math.inf, 0.0]
+    torch.testing.assert_close(parts.kl_divergence(free), kl_divergence(whole, KSubset(torch.zeros(2, 7).double(), 3)))
+    assert parts.kl_divergence(ChunkedKSubset(set, 2)).tolist() == [math.inf] * 2
+    for call, message in (
+        (lambda: parts.log_prob(both + 1), "indices: got 1 to 7, wanted 0 to 6"),
+        (lambda: parts.log_prob(tries[0]), "indices: got torch.int64 .3,., wanted"),
+        (lambda: parts.log_prob(both.float()), "indices: got torch.float32"),
+        (
+            lambda: parts.kl_divergence(ChunkedKSubset(InMemory(logits.unsqueeze(-1)), 3)),
+            "other: .* wanted one over the same",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_few_elements_are_sampled_as_in_memory() -> None:
@@ -65,6 +116,8 @@ def test_nothing_and_everything(k: int) -> None:
     logits = randn(100)
     parts = ChunkedKSubset(InMemory(logits.unsqueeze(-1), chunk_size=30), k)
     assert (torch.cat(list(parts.sample((2,), seed=0)), -1) == float(k > 0)).all()
+    assert (torch.cat(list(parts.mode()), -1) == float(k > 0)).all()
+    assert parts.log_prob(parts.mode_indices()) == 0
     torch.testing.assert_close(parts.log_normalizer(), logits.sum() if k else torch.tensor(0.0).double())
 
 
