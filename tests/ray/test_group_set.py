@@ -17,6 +17,7 @@ from distset import Exact, InMemory, Sampled, encode_set
 from distset.cluster.config import Cluster
 from distset.cluster.group_set import GroupSet, SetGroup
 from distset.cluster.world import ClusterWorld, check_sharing, open_world
+from distset.data import Bag, Store, write_store
 from distset.optim import Optimisation
 from distset.states import Sum
 from distset.tasks.bag_models import umbc
@@ -67,6 +68,7 @@ def on_a_rank(rank: int, folder: str) -> None:
         found["errors"] = errors(three, rank)
         found["traffic"] = traffic(three)
         found["sum"] = sums(three)
+        found["stored"] = stored(three, folder)
     with open_world(Cluster(workers=RANKS, set_parallel=2)):
         world = current_world()
         found["world"] = (world.part, world.parts, world.team)
@@ -88,6 +90,21 @@ def laws(group: SetGroup) -> list[list[torch.Tensor]]:
             assert all(torch.equal(x, y) for x, y in zip(found, again))
             gradients.append(found)
     return gradients
+
+
+def stored(group: SetGroup, folder: str) -> bool:
+    """A set on disk, of which each rank maps its own run, is the set in memory."""
+    bag = Store(f"{folder}/store").open("a", CHUNK)
+    elements = torch.cat(list(bag.map(lambda chunk: chunk.elements.clone())))  # a store has its own order
+    assert elements.dtype == torch.float64
+    for name, encoder in encoders().items():
+        for grad in GRADS.values():
+            value, gradient = step(encoder, InMemory(elements, CHUNK, name="a"), grad)
+            got, found = step(encoder, GroupSet(bag, group), grad)
+            assert torch.equal(got, value), (name, grad)
+            for mine, wanted in zip(found, gradient):
+                torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
+    return True
 
 
 def few_chunks(group: SetGroup) -> bool:
@@ -184,6 +201,7 @@ class Model(nn.Module):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
+    write_store(folder / "store", [Bag("a", memory().elements.numpy())])
     run_distributed_test(on_a_rank, RANKS, str(folder))
     return [torch.load(Path(folder) / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
@@ -206,6 +224,10 @@ def test_more_ranks_than_chunks_and_maps_and_sums(found):
         assert found[rank]["few chunks"]
         assert found[rank]["maps"]
         assert found[rank]["sum"]
+
+
+def test_a_stored_set_is_the_set_in_memory(found):
+    assert all(found[rank]["stored"] for rank in range(3))
 
 
 def test_an_error_on_one_rank_is_raised_on_all(found):

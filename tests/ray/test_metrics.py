@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from distset.cluster import metrics
+from distset.cluster.config import Cluster
 from distset.cluster.metrics import Metrics
+from distset.cluster.train import train_on_ray
 from distset.data import Bag, Store, write_store
 from distset.tasks.bag_models import deepsets
 from distset.tasks.bags import BagTask
@@ -33,13 +35,13 @@ def store(tmp_path) -> Path:
     return tmp_path / "store"
 
 
-def scraped(ray) -> dict[str, float]:
-    """``{'name{rank="0"}': value}`` of the metrics of the run "digits" at this node's endpoint."""
+def scraped(ray, run: str = "digits") -> dict[str, float]:
+    """``{'name rank': value}`` of the metrics of a run at this node's endpoint."""
     (node,) = ray.nodes()
     text = urllib.request.urlopen(f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", timeout=10).read().decode()
     found = {}
     for line in text.splitlines():
-        if line.startswith("ray_distset_") and 'run="digits"' in line:
+        if line.startswith("ray_distset_") and f'run="{run}"' in line:
             labels, value = line.rsplit(" ", 1)
             rank = labels.split('rank="')[1].split('"')[0]
             found[f"{labels.split('{')[0]} {rank}"] = float(value)
@@ -75,6 +77,23 @@ def test_the_endpoint_shows_what_a_run_does(cluster, store):
         found["ray_distset_sets_per_second 0"] * 201.5, rel=0.02
     )
     assert not [name for name in found if name.endswith(" 1") and "seconds" not in name]
+
+
+@pytest.mark.slow
+def test_a_run_on_workers_tells_what_it_does(cluster, store):
+    """As `train_on_ray` wires it: under the name of the run, by every rank."""
+
+    def process(*, watch: Watch, device: torch.device) -> dict[str, float]:
+        train(store, watch)
+        end, found = time.monotonic() + 40, {}
+        while time.monotonic() < end and "ray_distset_loss 0" not in found:  # they end with the process
+            time.sleep(0.5)
+            found = scraped(cluster, "wired")
+        return found
+
+    found = train_on_ray(process, Cluster(workers=1), name="wired")
+    assert found["ray_distset_step 0"] == 4
+    assert found["ray_distset_step_seconds_sum_total 0"] > 0
 
 
 def test_waiting_for_a_slow_disk_is_told_from_computing(store, monkeypatch):
