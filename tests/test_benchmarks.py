@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import oracle_gradients, sampling
+from benchmarks import estimators, oracle_gradients, sampling
 from benchmarks.memory import status_mib
 from distset.fixed_point import Implicit, OneStep
 from distset.gains import Drawn, Enumerated, Smoothed
@@ -29,6 +29,15 @@ def test_the_slope_of_an_estimator_joins_exact_values(estimator, bar):
     exact = oracle_gradients.gradient(case, Enumerated(), Implicit(Dense()))
     mixed = oracle_gradients.gradient(case, oracle_gradients.SlopeOf(estimator, 0), Implicit(Dense()))
     assert oracle_gradients.relative(mixed, exact) < bar
+
+
+def test_what_learns_has_learned_before_it_is_measured():
+    logits, costs = estimators.costs(0)
+    past = estimators.estimators()["  slope of past steps"]
+    f, right = costs["linear"], estimators.truth(logits, costs["linear"])
+    found = estimators.gradients(past, logits, f, rows=20, samples=32, seed=0)
+    plain = estimators.gradients(estimators.estimators()["  leave-one-out"], logits, f, rows=20, samples=32, seed=0)
+    assert (found - right).norm() < 0.1 * (plain - right).norm()
 
 
 def test_the_bars_of_sampling_are_of_their_own_rows():
