@@ -1,6 +1,7 @@
-"""A driver that trains on a cluster and may be killed at any time: ``python chaos_driver.py FOLDER ADDRESS WORKERS ACTORS``.
+"""A driver that trains on a cluster and may be killed at any time.
 
-``FOLDER/step`` tells how far it is; ``FOLDER/history.json`` appears when it is done.
+``python chaos_driver.py FOLDER ADDRESS WORKERS ACTORS SHARE``; ``FOLDER/step`` tells how far it is, ``FOLDER/history.json``
+appears when it is done.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def work(*, watch: Watch, device: torch.device, folder: Path) -> list[dict[str, 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    workers, actors = int(sys.argv[3]), int(sys.argv[4])
-    cluster = Cluster(workers=workers, actors=actors, actor_cpus=0.5, address=sys.argv[2], max_failures=5, wait_seconds=60)
+    workers, actors, share = map(int, sys.argv[3:])
+    where = Cluster(workers=workers, actors=actors, actor_cpus=0.5, set_parallel=share, address=sys.argv[2])
+    cluster = where._replace(max_failures=5, wait_seconds=60)
     history = train_on_ray(functools.partial(work, folder=folder), cluster)
     (folder / "history.json").write_text(json.dumps(history))

@@ -1,6 +1,7 @@
 """Chaos on a local cluster of several nodes: actors, workers, nodes and drivers die at random steps, and no bit changes.
 
-A schedule is a pure function of its number: the layout (two workers, or a worker with two set actors) and what dies when.
+A schedule is a pure function of its number: the layout (two workers, a worker with two set actors, or two workers that share
+each set) and what dies when.
 Whatever happened, the run ends with the weights and the history of the run that nothing happened to.
 """
 
@@ -22,7 +23,8 @@ import torch
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 DRIVER = Path(__file__).with_name("chaos_driver.py")
-LAYOUTS = {"two workers": (2, 0), "a worker, two actors": (1, 2)}
+LAYOUTS = {"two workers": (2, 0, 1), "a worker, two actors": (1, 2, 1), "two workers a set": (2, 0, 2)}
+"""Workers, actors of each, workers a set."""
 TITLES = {"worker": "ray::RayTrainWorker", "actor": "ray::SetActor"}
 LAST = 24
 
@@ -37,8 +39,8 @@ class Death(NamedTuple):
 def schedule(number: int) -> tuple[str, list[Death]]:
     """A layout and one or two deaths in it."""
     draw = random.Random(number)
-    layout = list(LAYOUTS)[number % 2]
-    kinds = ["worker", "node", "driver"] if layout == "two workers" else ["actor", "node", "driver", "worker"]
+    layout = list(LAYOUTS)[number % 2] if number < 20 else "two workers a set"
+    kinds = ["actor", "node", "driver", "worker"] if LAYOUTS[layout][1] else ["worker", "node", "driver"]
     steps = sorted(draw.sample(range(1, LAST - 2), draw.choice([1, 1, 2])))
     return layout, [Death(draw.choice(kinds), step) for step in steps]
 
@@ -60,8 +62,7 @@ class Machines:
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(3)]
 
     def start(self, folder: Path, layout: str) -> subprocess.Popen[bytes]:
-        workers, actors = LAYOUTS[layout]
-        words = [sys.executable, str(DRIVER), str(folder), self.cluster.address, str(workers), str(actors)]
+        words = [sys.executable, str(DRIVER), str(folder), self.cluster.address, *map(str, LAYOUTS[layout])]
         log = (folder / "driver.log").open("ab")
         root = {**self.environment, "PYTHONPATH": str(DRIVER.parents[2])}
         return subprocess.Popen(words, cwd=DRIVER.parents[2], env=root, stdout=log, stderr=log)
@@ -173,14 +174,15 @@ def test_a_death_changes_no_bit(machines, undisturbed, tmp_path, number):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(20))
+@pytest.mark.parametrize("number", range(28))
 def test_deaths_at_random_steps_change_no_bit(machines, undisturbed, tmp_path, number):
     check(machines, undisturbed, tmp_path, number)
 
 
 def test_schedules_have_every_death_in_every_layout():
-    met = {(layout, death.what) for layout, deaths in map(schedule, range(20)) for death in deaths}
+    met = {(layout, death.what) for layout, deaths in map(schedule, range(28)) for death in deaths}
     assert met == {
         *(("two workers", what) for what in ("worker", "node", "driver")),
+        *(("two workers a set", what) for what in ("worker", "node", "driver")),
         *(("a worker, two actors", what) for what in ("actor", "worker", "node", "driver")),
     }
