@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Gumbel", "Noise", "Normal", "SumOfGamma", "TwoPoint", "Uniform"]
+__all__ = ["Fading", "Gumbel", "Noise", "Normal", "SumOfGamma", "TwoPoint", "Uniform"]
 
 
 class Noise(ABC):
@@ -130,6 +130,47 @@ class TwoPoint(Noise):
     ) -> Tensor:
         coins = torch.randint(0, 2, tuple(shape), generator=generator, dtype=dtype, device=device)
         return coins.sub_(0.5).mul_(self.width)
+
+
+class Fading(Noise):
+    """Noise that gets weaker as training goes on: ``1 - share / over`` of it is left when a ``share`` of the steps is done.
+
+    A margin of one width keeps answers apart by more than the truth may be: at first it unfolds what the costs are made
+    of, at the end it would bend it. Whoever trains calls `progress`; `distset.train.fit` has the task do so.
+
+    Args:
+        noise: at full strength.
+        over: share of the training at which none is left.
+
+    Raises:
+        ValueError: for ``over`` outside 0 to 1.
+
+    Example:
+        >>> import torch
+        >>> margin = Fading(TwoPoint(0.2), over=0.5)
+        >>> margin.progress(0.4)
+        >>> margin.sample((2, 3)).abs()
+        tensor([[0.0200, 0.0200, 0.0200],
+                [0.0200, 0.0200, 0.0200]])
+    """
+
+    def __init__(self, noise: Noise, over: float = 0.7) -> None:
+        if not 0 < over <= 1:
+            raise ValueError(f"over: got {over}, wanted a share of the training above 0 and up to 1")
+        self.noise, self.over, self.strength = noise, over, 1.0
+
+    def progress(self, share: float) -> None:
+        """A ``share`` of the training, 0 to 1, is done."""
+        self.strength = max(0.0, 1 - share / self.over)
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        return self.noise.sample(shape, generator, dtype, device).mul_(self.strength)
 
 
 class Uniform(Noise):

@@ -169,7 +169,7 @@ def _speed(kept: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 def _measure(row: Row, folder: Path) -> dict[str, Any]:
     """The figures of every member, and the CPU seconds of those that were trained in one go."""
-    figures, steps, baselines = [], [], {}
+    figures, steps, baselines = [], [], []
     seconds = []
     for name, config in members(row.config):
         own = folder / name
@@ -182,13 +182,13 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
             seconds.append(json.loads((own / "seconds.json").read_text())["cpu_seconds"])
         figures.append(final_figures(metrics))
         steps.append(metrics["steps"])
-        baselines = metrics.get("baselines", {})
+        baselines.append(metrics.get("baselines", {}))
     gathered = {key: [own[key] for own in figures if own.get(key) is not None] for key in figures[0]}
     return {
         "values": gathered,
         "steps": [min(steps), max(steps)],
         "cpu_seconds": statistics.fmean(seconds) if seconds else None,
-        "baselines": baselines,
+        "baselines": {rule: statistics.fmean(own[rule] for own in baselines) for rule in baselines[0]},
     }
 
 
@@ -208,13 +208,22 @@ def _section(table: Mapping[str, Any], pictures: Sequence[str]) -> str:
         runs = str(max(len(values) for values in row["values"].values()))
         steps = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         lines.append(_line([row["name"], *shown, published, ", ".join(verdicts), runs, steps, minutes]))
-    baselines = {name: value for row in table["rows"] for name, value in row.get("baselines", {}).items()}
-    if baselines:
-        simple = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in baselines.items())
-        lines += ["", f"Simple rules on the same test examples: {simple}."]
+    lines += _simple_rules(table["rows"])
     commands = "\n".join(row["command"] for row in table["rows"])
     measured = sorted({f"{row['date']}, {row['hardware']}" for row in table["rows"] if row["values"]})
     return "\n".join([*lines, *pictures, "", f"{'; '.join(measured)}.", "", f"```bash\n{commands}\n```", ""])
+
+
+def _simple_rules(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What simple rules reach on the test examples: of each row, or once where all have the same examples."""
+    found = {row["name"]: row["baselines"] for row in rows if row.get("baselines")}
+    shown = {
+        name: ", ".join(f"{rule.replace('_', ' ')} {value:.3f}" for rule, value in baselines.items())
+        for name, baselines in found.items()
+    }
+    if len(set(shown.values())) > 1:
+        return ["", "Simple rules on the same test examples:", "", *(f"- {name}: {text}" for name, text in shown.items())]
+    return [line for text in set(shown.values()) for line in ("", f"Simple rules on the same test examples: {text}.")]
 
 
 def verdict(values: Sequence[float], published: float, lower: bool) -> str:

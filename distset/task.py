@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distset.sets import ChunkedSet
 
-__all__ = ["BatchTask", "Example", "LazyExamples", "Parts", "Task"]
+__all__ = ["BatchTask", "Example", "LazyExamples", "PacedTask", "Parts", "Task"]
 
 
 class Example(NamedTuple):
@@ -92,4 +92,13 @@ class BatchTask(Task, Protocol):
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
         """The mean loss of the examples, a scalar; everything random follows from ``seed``."""
+        ...
+
+
+@runtime_checkable
+class PacedTask(Task, Protocol):
+    """A task that changes while it trains; `fit` tells it before every step how far training is."""
+
+    def progress(self, share: float) -> None:
+        """A ``share`` of the planned steps, from 0 to below 1, is done."""
         ...

@@ -37,7 +37,7 @@ from distset.build import nearest
 from distset.checkpoints import Checkpoints, check_weights
 from distset.optim import Optimisation
 from distset.seeds import generator_for, seed_for, seeded
-from distset.task import BatchTask, Example, Parts, Task
+from distset.task import BatchTask, Example, PacedTask, Parts, Task
 from distset.waiting import Stopwatch
 from distset.world import World, current_world
 
@@ -266,6 +266,8 @@ class _Loop:
     def train_step(self) -> tuple[int, int, float]:
         """One step; returns the sets and elements it read over all processes, and its loss."""
         self.task.model.train()
+        if isinstance(self.task, PacedTask):
+            self.task.progress(self.step / self.total)
         indices = self.plan.indices(self.step, len(self.train))
         for parameter in self.parameters:
             # Zeros, not None: whether a parameter counts as used must not depend on which process met it.

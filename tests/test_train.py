@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def test_a_run_stopped_anywhere_goes_on_to_the_same_bits(tmp_path, stop, grad):
     assert same(resumed.best["model"], wanted.best["model"])
     assert resumed.best["step"] == wanted.best["step"]
     assert resumed.history == wanted.history
+
+
+def test_a_paced_task_is_told_how_far_training_is_also_after_a_stop(tmp_path):
+    class Paced(BagTask):
+        def progress(self, share: float) -> None:
+            told.append(share)
+
+    told: list[float] = []
+    plan = Plan(epochs=2, batch=4, seed=1)  # 6 steps
+    model = make_task().model
+    for watch in (StopAt(4), None):
+        with contextlib.suppress(Stop):
+            fit(Paced(model, ["no", "yes"]), make_bags(), [], plan=plan, checkpoints=Checkpoints(tmp_path), watch=watch)
+    whole = [step / 6 for step in range(6)]
+    assert told == pytest.approx([*whole[:4], *whole[3:]])  # the checkpoint is that of the first epoch's last step
 
 
 def test_every_epoch_reads_every_set_once_in_an_order_of_its_own():

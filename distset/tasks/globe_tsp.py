@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from distset.collapse import CollapseAlarm
+from distset.noise import Fading
 from distset.seeds import generator_for
 from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy, solve
@@ -98,6 +99,12 @@ class GlobeTask:
         self.distance = LOSSES[loss]
         self.model, self.gradient_noise, self.at_once = model, gradient_noise, at_once
         self.alarm = model.alarm = CollapseAlarm(ndim=2)  # within the model: checkpoints keep its state
+
+    def progress(self, share: float) -> None:
+        """A `Fading` margin gets weaker."""
+        margin = getattr(self.model.grad, "margin", None)
+        if isinstance(margin, Fading):
+            margin.progress(share)
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """The loss of one combination, or of a batch of them."""

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from distset.noise import Gumbel, Normal, SumOfGamma, TwoPoint, Uniform
+from distset.noise import Fading, Gumbel, Normal, SumOfGamma, TwoPoint, Uniform
 
 ALL = [Gumbel(0.7), SumOfGamma(5), TwoPoint(0.4), Uniform(0.4), Normal(0.3)]
 
@@ -98,3 +98,13 @@ def test_score_is_the_slope_of_the_log_density(noise, law):
 def test_noise_without_a_density_has_no_score():
     with pytest.raises(ValueError, match="no smooth density, wanted Normal or Gumbel"):
         TwoPoint(0.2).score(torch.zeros(3))
+
+
+def test_fading_noise_is_the_noise_times_what_is_left():
+    margin = Fading(TwoPoint(0.4), over=0.8)
+    for share, left in ((0.0, 1.0), (0.2, 0.75), (0.6, 0.25), (0.8, 0.0), (0.99, 0.0)):
+        margin.progress(share)
+        torch.testing.assert_close(draw(margin, (5, 3)), left * draw(TwoPoint(0.4), (5, 3)))
+    for over in (0.0, 1.1):
+        with pytest.raises(ValueError, match=r"over: got .*, wanted a share"):
+            Fading(TwoPoint(0.4), over)
