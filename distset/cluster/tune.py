@@ -26,7 +26,7 @@ import torch
 from ray import tune
 
 from distset.build import build
-from distset.checkpoints import Checkpoints, read_state
+from distset.checkpoints import read_state
 from distset.cluster.config import Cluster, actor_bundle
 from distset.cluster.leftovers import Tidy
 from distset.cluster.resources import require_workers, runs_that_fit
@@ -172,11 +172,16 @@ def _reporter(job: Job, folder: TrialFolder, lineage: Lineage) -> Callable[[Repo
     """Tells Ray Tune; of a population's trials with the checkpoint for others to take over."""
     if not isinstance(job.search.scheduler, PBT):
         return tune.report
-    storage = _storage(job, folder, lineage)
-    checkpoints = Checkpoints(folder.run / "checkpoints") if storage is None else StorageCheckpoints(storage)
+    storage, last = _storage(job, folder, lineage), folder.run / "checkpoints" / "last" / "state.pt"
+    remote = None if storage is None else StorageCheckpoints(storage)
+
+    def state_now() -> dict[str, Any] | None:
+        if remote is not None:
+            return remote.load()
+        return read_state(last) if last.exists() else None  # Checkpoints.load() is for writers: it clears drafts away
 
     def report(figures: Report) -> None:
-        state = checkpoints.load()
+        state = state_now()
         if state is None:
             tune.report(figures)
             return
