@@ -13,7 +13,7 @@ from torch import Tensor
 from distset.offers import Offers
 from distset.seeds import seed_for
 
-__all__ = ["anomaly_offers", "gaussian_offers", "moons_offers"]
+__all__ = ["anomaly_offers", "gaussian_offers", "gaussian_ratio", "moons_offers", "moons_ratio"]
 
 
 def gaussian_offers(sets: int = 1000, *, size: int = 100, chosen: int = 10, seed: int = 0) -> Offers:
@@ -59,6 +59,26 @@ def moons_offers(sets: int = 1000, *, size: int = 100, chosen: int = 10, seed: i
     points = np.where((upper ^ picked)[..., None], first, second) + 0.1 * rng.standard_normal((sets, size, 2))
     points = 2 * points + np.array([-1, -0.2])
     return Offers(torch.tensor(points, dtype=torch.float32), torch.tensor(picked), rule="moons")
+
+
+def gaussian_ratio(elements: Tensor) -> Tensor:
+    """The log-likelihood ratio of "chosen" to "not chosen" by the true densities of `gaussian_offers`, ``(*, N)``.
+
+    Up to a factor; which Gaussian is the majority's is told by the likelihood of the offer ``(*, N, 2)``.
+    """
+    along = elements.sum(-1)
+    return -along * along.mean(-1, keepdim=True).sign()
+
+
+def moons_ratio(elements: Tensor, angles: int = 400) -> Tensor:
+    """The same for `moons_offers`: a moon is the mixture of its noise over evenly spaced angles."""
+    t = torch.linspace(0, torch.pi, angles, dtype=torch.float64)
+    arcs = torch.stack([torch.stack([t.cos(), t.sin()], -1), torch.stack([1 - t.cos(), 0.5 - t.sin()], -1)])
+    points = (elements.double() - torch.tensor([-1, -0.2])) / 2
+    squared = (points.unsqueeze(-2).unsqueeze(-2) - arcs).square().sum(-1)  # (*, N, moons, angles)
+    log_density = (-squared / (2 * 0.1**2)).logsumexp(-1)
+    ratio = log_density[..., 1] - log_density[..., 0]
+    return -ratio * ratio.mean(-1, keepdim=True).sign()
 
 
 def anomaly_offers(

@@ -7,6 +7,7 @@ on the test offers, all at the known size of S*.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from distset.data.affinities import affinity_offers, read_affinities, read_davis
 from distset.data.celeba import celeba_offers
 from distset.data.idx_images import read_idx_folder
 from distset.data.registry import read_features, read_registries, registry_offers
-from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, moons_offers
+from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, gaussian_ratio, moons_offers, moons_ratio
 from distset.offers import Offers
 from distset.seeds import generator_for, seed_for
 from distset.sets import InMemory
@@ -36,13 +37,13 @@ ELEMENTS, NUMBERS = 50_000, 10_000_000
 def gaussian(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0) -> Parts:
     """`gaussian_offers`, ``sets`` of each part."""
     made = [gaussian_offers(sets, size=size, chosen=chosen, seed=seed_for(seed, part)) for part in range(3)]
-    return _parts(made, {"dim": 2})
+    return _with_truth(_parts(made, {"dim": 2}), gaussian_ratio, made[-1])
 
 
 def moons(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0) -> Parts:
     """`moons_offers`, ``sets`` of each part."""
     made = [moons_offers(sets, size=size, chosen=chosen, seed=seed_for(seed, part)) for part in range(3)]
-    return _parts(made, {"dim": 2})
+    return _with_truth(_parts(made, {"dim": 2}), moons_ratio, made[-1])
 
 
 def registry(path: str, rest: str, *, features: str = "factors", size: int = 30, fold: int = 0, seed: int = 0) -> Parts:
@@ -162,6 +163,15 @@ def _divide(count: int, seed: int) -> list[Tensor]:
     """Positions of the three parts, 6 : 2 : 2."""
     order = torch.randperm(count, generator=generator_for(seed, "parts"))
     return list(order.tensor_split([int(0.6 * count), int(0.8 * count)]))
+
+
+def _with_truth(parts: Parts, ratio: Callable[[Tensor], Tensor], test: Offers) -> Parts:
+    """With what the true densities reach on the test offers: nobody does better but by chance."""
+    scores = torch.cat([ratio(elements) for elements in test.elements.split(GROUP)])
+    return parts._replace(
+        baselines={**parts.baselines, "true_densities": _jaccard(scores, test)},
+        rules={**parts.rules, "baseline/true_densities": "likelihood ratio of the densities the offers were drawn from"},
+    )
 
 
 def _parts(made: list[Offers], facts: dict[str, Any]) -> Parts:
