@@ -67,7 +67,7 @@ def _lines(wanted: Mapping[str, Any], gathered: Mapping[str, Any], values: Mappi
         if known:
             spreads = [statistics.stdev(own) if len(own) > 1 else 0.0 for _, own in known]
             curves.append(Curve(name, [x for x, _ in known], [statistics.fmean(own) for _, own in known], spreads))
-    if curves:
+    if any(len(curve.x) > 1 for curve in curves):
         y = gathered["figures"][wanted["figure"]]
         plot_lines(curves, path, x=wanted["over"], y=y, title=gathered["title"], log_x=wanted.get("log", False))
 
