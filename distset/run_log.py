@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
-from distset.files import write_atomically
+from distset.files import naming_full_disk, write_atomically
 from distset.train import Record, Watch
 
 __all__ = ["RunLog", "log"]
@@ -54,11 +54,12 @@ class RunLog(Watch):
         if lost or step:
             log.info("%sgoes on at step %d of %d", lost, step, total)
         self._metrics = self.folder / "metrics.jsonl"
-        write_atomically(self._metrics, "".join(map(_line, history)))
-        shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
-        self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for record in [*history, *self._speed.start(step)]:
-            self._scalars(record)
+        with naming_full_disk(self.folder):
+            write_atomically(self._metrics, "".join(map(_line, history)))
+            shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+            for record in [*history, *self._speed.start(step)]:
+                self._scalars(record)
         self._bar.start(step, total)
 
     def stepped(self, step: int, sets: int, elements: int, loss: float) -> None:
@@ -69,12 +70,13 @@ class RunLog(Watch):
         self._speed.took(seconds, waited)
 
     def recorded(self, record: Record) -> None:
-        with open(self._metrics, "a") as file:
-            file.write(_line(record))
-        self._scalars(record)
-        if "train/loss" in record:
-            for speed in self._speed.write(record["step"]):
-                self._scalars(speed)
+        with naming_full_disk(self.folder):
+            with open(self._metrics, "a") as file:
+                file.write(_line(record))
+            self._scalars(record)
+            if "train/loss" in record:
+                for speed in self._speed.write(record["step"]):
+                    self._scalars(speed)
         figures = {key: value for key, value in record.items() if key.startswith("val/")}
         if figures:
             shown = ", ".join(f"{key.removeprefix('val/')} {value:.3f}" for key, value in figures.items())

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("tensorboard")
 pytest.importorskip("tqdm")
 
+from distset.files import DiskFull
 from distset.run_log import RunLog
 
 
@@ -35,6 +36,16 @@ def test_going_on_takes_back_what_came_after_the_checkpoint(tmp_path, capsys):
     assert scalars(tmp_path)["val/loss"] == [(1, 1.0), (2, 0.5), (3, 0.25)]
     assert "a worker was lost; goes on at step 2 of 4" in capsys.readouterr().out
     assert "goes on at step 2 of 4" in (tmp_path / "train.log").read_text()
+
+
+def test_a_disk_that_is_full_is_named(tmp_path):
+    """/dev/full takes no byte, as a disk without room."""
+    with RunLog(tmp_path, bar=False) as log:
+        log.started(0, 4, [])
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(DiskFull, match=f"{tmp_path}: no space is left .* start the same command again"):
+            log.recorded({"step": 1, "epoch": 0.5, "val/loss": 1.0})
 
 
 def test_speed_has_a_file_of_its_own_which_is_taken_back_too(tmp_path):
