@@ -24,12 +24,13 @@ def test_a_line_a_method(tmp_path) -> None:
 
 def test_the_page_shows_the_picture_of_a_table(tmp_path) -> None:
     row = {"name": "A", "published": {}, "values": {"loss": [1.0]}, "steps": [1, 1], "cpu_seconds": None}
-    table = {"title": "T", "text": "t", "figures": {"loss": "loss"}, "lower": ["loss"], "date": "d", "hardware": "h"}
+    row |= {"baselines": {}, "command": "c", "date": "d", "hardware": "h"}
+    table = {"title": "T", "text": "t", "figures": {"loss": "loss"}, "lower": ["loss"]}
     folder = tmp_path / "results"
     folder.mkdir()
-    (folder / "t.json").write_text(json.dumps({**table, "rows": [{**row, "baselines": {}, "command": "c"}]}))
+    (folder / "t.json").write_text(json.dumps({**table, "rows": [row]}))
     render(folder, tmp_path / "page.md")
     assert "![" not in (tmp_path / "page.md").read_text()
-    plot_convergence({"A": [history(1, 2)]}, "loss", folder / "t.png")
+    plot_convergence({"A": [history(1, 2)]}, "loss", folder / "t-curve.png")
     render(folder, tmp_path / "page.md")
-    assert "![validation over steps](results/t.png)" in (tmp_path / "page.md").read_text()
+    assert "![t-curve](results/t-curve.png)" in (tmp_path / "page.md").read_text()
