@@ -65,7 +65,7 @@ def learn(
     """What is known after each step: the mean loss of the samples, and the support's share in the k largest logits."""
     k = len(made.support)
     logits, records = torch.zeros(len(features)), []
-    for step in tqdm(range(steps), disable=not bar, unit="step"):
+    for step in tqdm(range(steps), disable=None if bar else True, unit="step"):
         subset = ChunkedKSubset(features, k, logits=LogitTable(logits))
         estimate = expect_chunked(lambda chosen: made.loss(features, chosen), subset, samples, seed=step)
         scale = estimate.gradient.abs().mean().clamp_min(1e-12)
