@@ -86,8 +86,8 @@ def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[
         table: what to run.
         runs: folder of the run folders, ``runs/<table>/<row>/<member>``; finished ones are only read.
         results: folder of the gathered tables, and of what is drawn of them.
-        rows: names of the rows to run; all if None. The others keep what is known of them, if their configuration is
-            still the same, or stand as not measured.
+        rows: names of the rows to run; all if None. The others keep what is known of them, if their command is still
+            the same, or stand as not measured.
     """
     path = Path(results) / f"{table.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,6 @@ def render(results: str | Path, page: str | Path, order: Sequence[str] = ()) -> 
     found = {path.stem: json.loads(path.read_text()) for path in paths}
     names = [name for name in order if name in found] + [name for name in found if name not in order]
     sections = [_section(found[name], _drawn(folder, name, page)) for name in names]
-
     sections += [path.read_text() for path in sorted(folder.glob("*.md"))]
     if (folder / BENCHMARKS).is_file():
         sections.append(_speed(json.loads((folder / BENCHMARKS).read_text()), _drawn(folder, "benchmark", page)))
