@@ -10,7 +10,8 @@ import torch
 from idx_files import write_idx
 from torch import nn
 
-from distset import Exact, Full, InMemory, Sampled, Subset
+from distset import UMBC, Exact, Full, InMemory, Sampled, Subset
+from distset.encoders import ACTIVATIONS
 from distset.problems.completion import grey_images
 from distset.tasks import completion_models as models
 from distset.tasks.completion import Images, completion_task, gaussian_nll, pixel_places
@@ -75,9 +76,24 @@ def test_waves_are_those_of_the_place_alone():
     small_task(frequencies=3).predict(InMemory(torch.rand(2, 9, 3), 4))
 
 
+WITH_SLOTS = [models.sse, models.umbc_set_transformer, models.umbc_fspool, models.umbc_diffem]
+ACTIVATED = [functools.partial(maker, slots=4, activation=name) for maker in WITH_SLOTS for name in ACTIVATIONS]
+
+
+@pytest.mark.parametrize("maker", ACTIVATED, ids=lambda maker: f"{maker.func.__name__}-{maker.keywords['activation']}")
+def test_every_model_with_slots_takes_every_activation(maker, parts):
+    task = small_task(maker)
+    pools = [module for module in task.model.encoder.modules() if isinstance(module, UMBC)]
+    assert [pool.activation for pool in pools] == [maker.keywords["activation"]]
+    check_exact(task, parts)
+
+
 @pytest.mark.parametrize("maker", CONSISTENT)
 def test_exact_gradient_through_the_task_is_full_autograd(maker, parts):
-    task = small_task(maker)
+    check_exact(small_task(maker), parts)
+
+
+def check_exact(task, parts):
     task.model.double()
     examples = [parts.train[i] for i in range(3)]
 

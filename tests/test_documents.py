@@ -12,7 +12,8 @@ import torch
 from sklearn.metrics import f1_score
 from sklearn.naive_bayes import MultinomialNB
 
-from distset import Exact, Full, InMemory, Sampled, Subset, encode_set
+from distset import UMBC, Exact, Full, InMemory, Sampled, Subset, encode_set
+from distset.encoders import ACTIVATIONS
 from distset.problems.texts import eurlex, movie_reviews
 from distset.tasks import document_models as models
 from distset.tasks.documents import document_task
@@ -82,6 +83,17 @@ def test_loss_and_f1_against_torch_and_sklearn(multi_label):
         assert figures["micro_f1"] == pytest.approx(float((found == targets.argmax(-1)).float().mean()))
         assert figures["macro_f1"] == pytest.approx(f1_score(targets.argmax(-1), found, average="macro"))
     assert figures["loss"] == pytest.approx(float(want), rel=1e-6)
+
+
+@pytest.mark.parametrize("maker", [models.sse, models.umbc_set_transformer])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_models_with_slots_take_every_activation(maker, activation):
+    task = small_task(functools.partial(maker, activation=activation))
+    (pool,) = (module for module in task.model.encoder.modules() if isinstance(module, UMBC))
+    assert pool.activation == activation
+    task.model.double().eval()
+    words = torch.randint(30, (20, 1))
+    torch.testing.assert_close(task.predict(InMemory(words, 3)), task.predict(InMemory(words)), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("maker", MAKERS)

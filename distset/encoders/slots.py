@@ -191,7 +191,7 @@ class SSE(UMBC):
     r"""Slot set encoder [2]: slot-sigmoid attention, unnormalised over the elements, slots pooled to one vector.
 
     Args:
-        dim, slots, dim_out, heads, random_slots, layer_norm: as in `UMBC`.
+        dim, slots, dim_out, heads, activation, random_slots, layer_norm: as in `UMBC`.
         pool: over the slots: ``"mean"``, ``"sum"``, ``"max"``, or None to keep them.
         normalize: divide by the sum of weights (as the published UMBC code does for its SSE; Table 15 of [1] does not).
 
@@ -206,6 +206,7 @@ class SSE(UMBC):
         *,
         dim_out: int | None = None,
         heads: int = 1,
+        activation: str = "slot-sigmoid",
         pool: str | None = "mean",
         random_slots: bool = False,
         layer_norm: bool = False,
@@ -216,7 +217,7 @@ class SSE(UMBC):
             slots,
             dim_out=dim_out,
             heads=heads,
-            activation="slot-sigmoid",
+            activation=activation,
             random_slots=random_slots,
             layer_norm=layer_norm,
             normalize=normalize,

@@ -98,12 +98,22 @@ def sse(
     slots: int = 16,
     width: int = 128,
     heads: int = 4,
+    activation: str = "slot-sigmoid",
     pool: str = "mean",
     normalize: bool = True,
     dropout: float = 0.0,
 ) -> Parts:
     """Slot set encoder, slots pooled, and an MLP."""
-    encoder = SSE(dim, slots, dim_out=width, heads=heads, pool=pool, normalize=normalize, layer_norm=True)
+    encoder = SSE(
+        dim,
+        slots,
+        dim_out=width,
+        heads=heads,
+        activation=activation,
+        pool=pool,
+        normalize=normalize,
+        layer_norm=True,
+    )
     return encoder, MLP(width, width, outputs, dropout=dropout)
 
 

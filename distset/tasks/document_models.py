@@ -104,10 +104,18 @@ def deepsets(words: int, outputs: int, *, width: int = 64, depth: int = 2, dropo
 
 
 def sse(
-    words: int, outputs: int, *, width: int = 64, depth: int = 2, slots: int = 16, heads: int = 1, dropout: float = 0.0
+    words: int,
+    outputs: int,
+    *,
+    width: int = 64,
+    depth: int = 2,
+    slots: int = 16,
+    heads: int = 1,
+    activation: str = "slot-sigmoid",
+    dropout: float = 0.0,
 ) -> Parts:
     """Slot set encoder, its slots averaged, and an MLP."""
-    pool = SSE(width, slots, heads=heads, normalize=True, layer_norm=True)
+    pool = SSE(width, slots, heads=heads, activation=activation, normalize=True, layer_norm=True)
     encoder = Features(WordNetwork(words, width, depth=depth), pool)
     return in_blocks(encoder, BLOCK), MLP(width, width, width, outputs, dropout=dropout)
 

@@ -33,6 +33,21 @@ def test_every_clustering_model_trains(model, tmp_path):
     assert metrics["test"]["loss"] > metrics["baselines"]["true_mixture"]
 
 
+def test_the_activation_is_an_option_of_every_model_with_slots():
+    """Of the three tasks; a hierarchy of slot set encoders keeps the published one."""
+    for task in ("clustering", "completion", "documents"):
+        for path in sorted((CONF / "model" / task).glob("*.yaml")):
+            if path.stem.startswith(("umbc", "sse")):
+                config = composed(
+                    f"task={task}", f"model={task}/{path.stem}", "model.activation=slot-exp", *given_path(task)
+                )
+                assert config["model"]["activation"] == "slot-exp"
+
+
+def given_path(task: str) -> list[str]:
+    return [] if task == "clustering" else ["data.examples.path=somewhere"]
+
+
 @pytest.mark.parametrize("grad", ["exact", "full", "subset"])
 def test_clustering_with_every_gradient(grad, tmp_path):
     config = composed("task=clustering", "data=mixtures_wide", f"grad={grad}", "run.plots=false", *POINTS)

@@ -32,6 +32,7 @@ def encoders() -> dict[str, nn.Module]:
     zoo["umbc-layer-norm"] = UMBC(DIM, 3, layer_norm=True, residual=True)
     zoo["umbc-unnormalised"] = UMBC(DIM, 3, activation="sigmoid", normalize=False, fold=True)
     zoo["sse"] = SSE(DIM, 3, random_slots=True)
+    zoo["sse-sigmoid"] = SSE(DIM, 3, activation="sigmoid")
     zoo["sse-max"] = SSE(DIM, 3, pool="max", normalize=True)
     zoo["hierarchical-sse"] = HierarchicalSSE(SSE(DIM, 4, pool=None), SSE(DIM, 3, pool=None), SSE(DIM, 2))
     zoo["ab-mil"] = AttentionPool(DIM, 4, gated=False, heads=2)
