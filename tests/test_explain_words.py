@@ -11,8 +11,11 @@ from torch import Tensor
 
 from distset.data.beer import read_annotations, read_ratings
 from distset.expect import LeaveOneOut, ScoreFunction, Simple
+from distset.noise import TwoPoint
+from distset.perturb_and_map import PerturbAndMap
 from distset.problems.reviews import beer_reviews
 from distset.sets import InMemory
+from distset.solve import Identity
 from distset.tasks.explain_words import Explainer, ExplainTask, LinearJudge, Review, explain_judge_task
 from distset.train import Example
 
@@ -105,6 +108,18 @@ def test_a_short_document_is_kept_whole() -> None:
     short = document(3, label=1)
     assert task.predict(short.set).tolist()[2:] == [1.0]
     assert task.batch_loss([short, DOCUMENTS[0]], seed=0).isfinite()
+
+
+def test_identity_sees_each_document_alone() -> None:
+    """Without noise: the gradient of a padded batch, one document shorter than k, is the mean of the documents' own."""
+    documents = [*DOCUMENTS, document(3, label=1)]
+    task = task_of(judge=False, grad=PerturbAndMap(Identity("std"), noise=TwoPoint(0.0)))
+    parameters = list(task.model.parameters())
+    together = torch.autograd.grad(task.batch_loss(documents, seed=0), parameters)
+    alone = [torch.autograd.grad(task.batch_loss([one], seed=0), parameters) for one in documents]
+    for got, wanted in zip(together, zip(*alone)):
+        torch.testing.assert_close(got, torch.stack(wanted).mean(0), rtol=1e-9, atol=1e-12)
+    assert (together[0] != 0).any()
 
 
 def test_what_cannot_be_explained() -> None:

@@ -139,7 +139,9 @@ def review_archive(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("task", ["explain_words", "explain_judge"])
-@pytest.mark.parametrize("estimator", ["ridge", "simple", "simple_cv", "gs", "imle_adaptive", "ncpss", "sfess_published"])
+@pytest.mark.parametrize(
+    "estimator", ["ridge", "simple", "simple_cv", "gs", "imle_adaptive", "ncpss", "sfess_published", "identity"]
+)
 def test_kept_words(task, estimator, review_archive, tmp_path) -> None:
     if task == "explain_judge" and estimator not in ("ridge", "sfess_published"):
         pytest.skip("wants a differentiable f")

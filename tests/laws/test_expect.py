@@ -32,6 +32,8 @@ from distset.expect.rivals import calibrating_tilt
 from distset.expect.score import score_gradient
 from distset.metrics import estimator_error
 from distset.noise import Gumbel
+from distset.perturb_and_map import PerturbAndMap
+from distset.solve import Blackbox
 from distset.subsets import KSubset, relaxed_top_k
 from distset.subsets.gumbel import top_k
 
@@ -171,7 +173,9 @@ def test_several_subsets_together_with_every_estimator(estimator: Estimator) -> 
     assert ((logits.grad.mean(0) - single.grad.mean(0)).abs() < 5 * spread + 1e-9).all()
 
 
-@pytest.mark.parametrize("estimator", [*ESTIMATORS, IMLE(AdaptiveTarget(step=2.0))], ids=repr)
+@pytest.mark.parametrize(
+    "estimator", [*ESTIMATORS, IMLE(AdaptiveTarget(step=2.0)), PerturbAndMap(), PerturbAndMap(Blackbox(5.0))], ids=repr
+)
 def test_what_is_forced_in_or_out_takes_no_part(estimator: Estimator) -> None:
     """Rows of different lengths, one with an element that is in, one with nothing left to choose, in one batch."""
     if "Past" in repr(estimator):
