@@ -28,9 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 __all__ = [
-    "Copula", "Guess", "Independent", "SetFunction", "SumUtility", "UserUtility", "check_invariance", "elbo",
-    "published_recognition", "published_utility",
+    "Copula", "ElementEncoder", "Guess", "Independent", "SetFunction", "SumUtility", "UserUtility", "check_invariance",
+    "elbo", "published_recognition", "published_utility",
 ]  # fmt: skip
+
+ElementEncoder = Callable[[int, int], nn.Module]
+"""Width of an element and of its code -> the network between them: a class, or a `functools.partial` of one."""
 
 
 class SetFunction(nn.Module):
@@ -266,31 +269,49 @@ def elbo(
 
 
 def published_utility(
-    dim: int, *, nonlinear: bool = False, context: bool = False, width: int = 256, hidden: int = 500
+    dim: int,
+    *,
+    nonlinear: bool = False,
+    context: bool = False,
+    width: int = 256,
+    hidden: int = 500,
+    encoder: ElementEncoder | None = None,
 ) -> SumUtility:
-    """The utility network of [1, 2] for vectors: Linear(dim, 256), sum, 500-500-1 with ReLU.
+    """The utility network of [1, 2]: an encoder of each element, sum, 500-500-1 with ReLU.
 
     Args:
         dim: width of an element: 2 for Gaussian and Moons, 768 for Amazon.
         nonlinear: one hidden ReLU layer of ``width`` in front; without it F sees only the sum of x and the size.
         context: see `SumUtility`.
         width, hidden: as published 256 and 500.
+        encoder: makes the network of elements, ``(*, N, dim)`` to ``(*, N, width)``; None for that of vectors, a Linear.
+            Those published for images and for drugs with proteins are in `distset.tasks.offer_encoders`.
+
+    Raises:
+        ValueError: for an encoder with ``nonlinear``.
     """
-    encoder: nn.Module = nn.Linear(dim, width)
+    if encoder is not None and nonlinear:
+        raise ValueError("nonlinear: got True with an encoder, wanted one of them")
+    phi: nn.Module = (encoder or nn.Linear)(dim, width)
     if nonlinear:
-        encoder = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width))
+        phi = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width))
     head = nn.Sequential(
         nn.Linear(2 * width if context else width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
         nn.Linear(hidden, 1),
     )  # fmt: skip
-    return SumUtility(encoder, head, context=context)
+    return SumUtility(phi, head, context=context)
 
 
-def published_recognition(dim: int, *, rank: int = 0, width: int = 256, hidden: int = 500) -> Independent:
-    """The recognition network of [1] for vectors: Linear(dim, 256), 500-500 with ReLU; a copula where ``rank`` > 0."""
+def published_recognition(
+    dim: int, *, rank: int = 0, width: int = 256, hidden: int = 500, encoder: ElementEncoder | None = None
+) -> Independent:
+    """The recognition network of [1]: an encoder of each element, 500-500 with ReLU; a copula where ``rank`` > 0.
+
+    ``encoder`` as in `published_utility`, with weights of its own.
+    """
     trunk = nn.Sequential(
-        nn.Linear(dim, width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
-    )  # fmt: skip
+        (encoder or nn.Linear)(dim, width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+    )
     return Copula(trunk, hidden, rank) if rank else Independent(trunk, hidden)
 
 

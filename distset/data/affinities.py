@@ -1,8 +1,8 @@
 """Binding strengths of drugs and proteins: which of the offered pairs bind best (compound selection).
 
 A table has a row a measured pair: ``drug`` (SMILES), ``target`` (amino acids), ``affinity`` (higher binds stronger, for
-example pKd). Both sequences become counts of their letter groups, hashed to a fixed width: no chemistry library is needed,
-and unseen drugs have features too.
+example pKd). Both sequences become counts of their letter groups, hashed to a fixed width, or coded letters for a network
+that reads them: no chemistry library is needed, and unseen drugs have features too.
 
 References:
     Davis et al. 2011, "Comprehensive analysis of kinase inhibitor selectivity", Nature Biotechnology 29.
@@ -25,7 +25,14 @@ from torch import Tensor
 from distset.offers import Offers
 from distset.seeds import generator_for, seed_for
 
-__all__ = ["Affinities", "affinity_offers", "letter_groups", "read_affinities", "read_davis"]
+__all__ = ["Affinities", "affinity_offers", "letter_codes", "letter_groups", "read_affinities", "read_davis"]
+
+DRUG_LETTERS = "#%()+-./0123456789=@BCFHINOPS[\\]aceilnors"
+"""Of SMILES, as in the published code for BindingDB."""
+TARGET_LETTERS = "ACDEFGHIKLMNPQRSTVWY"
+"""The amino acids."""
+LENGTHS = (100, 1000)
+"""Letters of a drug and of a target that are read, as published."""
 
 
 class Affinities(NamedTuple):
@@ -87,25 +94,47 @@ def letter_groups(sequence: str, length: int, width: int) -> Tensor:
     return torch.from_numpy(counts / max(float(np.linalg.norm(counts)), 1e-12))
 
 
+def letter_codes(sequence: str, letters: str, length: int) -> Tensor:
+    """The first ``length`` letters of the sequence as uint8: 1 + the place in ``letters``, one more for others, 0 behind.
+
+    Raises:
+        ValueError: for a sequence with none of the letters.
+    """
+    codes = np.zeros(length, np.uint8)
+    read = [letters.find(letter) for letter in sequence[:length]]
+    if max(read, default=-1) < 0:
+        raise ValueError(f"sequence: got {sequence[:40]!r}, wanted one of the letters {letters}")
+    codes[: len(read)] = [place + 1 if place >= 0 else len(letters) + 1 for place in read]
+    return torch.from_numpy(codes)
+
+
 def affinity_offers(
-    found: Affinities, rows: Tensor, *, sets: int, size: int = 300, chosen: int = 15, width: int = 128, seed: int = 0
-) -> Offers:
+    found: Affinities, rows: Tensor, *, sets: int, size: int = 300, chosen: int = 15, features: str = "groups",
+    width: int = 128, seed: int = 0,
+) -> Offers:  # fmt: skip
     """Offers of ``size`` pairs drawn from ``rows``; the ``chosen`` strongest are S*. Ties go to the pair drawn first.
 
     Args:
         found: all pairs.
         rows: positions of the pairs to draw from, for example those of the training part.
         sets, size, chosen: B, N and |S*|.
-        width: features of a drug, and as many of a protein.
+        features: ``"groups"``, `letter_groups` of drug and protein, or ``"sequences"``, `letter_codes` of both: 100 of a
+            drug and 1,000 of a protein, as uint8.
+        width: letter groups of a drug, and as many of a protein.
         seed: of the draws.
 
     Raises:
-        ValueError: for fewer rows than an offer has, sizes out of range.
+        ValueError: for fewer rows than an offer has, sizes out of range, other features.
     """
     if not 0 < chosen < size <= len(rows):
         raise ValueError(f"size, chosen: got {size}, {chosen} of {len(rows)} pairs, wanted 0 < chosen < size <= pairs")
-    drugs = torch.stack([letter_groups(text, 3, width) for text in found.drugs])
-    targets = torch.stack([letter_groups(text, 3, width) for text in found.targets])
+    if features not in ("groups", "sequences"):
+        raise ValueError(f"features: got {features!r}, wanted 'groups' or 'sequences'")
+    if features == "groups":
+        drugs, targets = (torch.stack([letter_groups(s, 3, width) for s in side]) for side in found[:2])
+    else:
+        drugs = torch.stack([letter_codes(text, DRUG_LETTERS, LENGTHS[0]) for text in found.drugs])
+        targets = torch.stack([letter_codes(text, TARGET_LETTERS, LENGTHS[1]) for text in found.targets])
     generator = generator_for(seed_for(seed, "affinity offers"))
     picked = rows[torch.stack([torch.randperm(len(rows), generator=generator)[:size] for _ in range(sets)])]
     strength = found.strength[picked]

@@ -37,7 +37,8 @@ def celeba_offers(
         raise ValueError(f"part: got {part!r}, wanted one of {', '.join(PARTS)}")
     folder = Path(path)
     names, has = _attributes(folder, PARTS[part])
-    faces, picked = [], np.zeros((sets, size), dtype=bool)
+    faces = torch.empty(sets, size, 3 * side * side)  # filled in place: a list of so many would need twice the memory
+    picked = np.zeros((sets, size), dtype=bool)
     for b in range(sets):
         rng = np.random.default_rng(seed_for(seed, "faces", part, b))
         count = int(rng.integers(chosen[0], chosen[1] + 1))
@@ -46,8 +47,9 @@ def celeba_offers(
         row = np.empty(size, dtype=np.int64)
         row[picked[b]] = rng.choice(neither, count, replace=False)
         row[~picked[b]] = rng.choice(both, size - count, replace=False)
-        faces.append(torch.stack([_face(folder / "img_align_celeba" / names[i], side) for i in row]))
-    return Offers(torch.stack(faces), torch.tensor(picked), rule="faces without two attributes of the others")
+        for place, i in enumerate(row):
+            faces[b, place] = _face(folder / "img_align_celeba" / names[i], side)
+    return Offers(faces, torch.tensor(picked), rule="faces without two attributes of the others")
 
 
 def celeba_faces(path: str | Path, part: str, *, count: int | None = None, side: int = 32) -> Tensor:

@@ -113,7 +113,7 @@ def images(
 
 def faces(
     path: str, *, sets: tuple[int, int, int] = (10_000, 1_000, 1_000), size: int = 8, chosen: tuple[int, int] = (2, 3),
-    side: int = 32, seed: int = 0,
+    side: int = 64, seed: int = 0,
 ) -> Parts:  # fmt: skip
     """Odd ones out among the faces of CelebA: the majority shares two attributes that the odd ones lack.
 
@@ -127,19 +127,27 @@ def faces(
 
 
 def compounds(
-    path: str, *, sets: tuple[int, int, int] = (1000, 100, 100), size: int = 300, chosen: int = 15, width: int = 64,
-    seed: int = 0,
+    path: str, *, sets: tuple[int, int, int] = (1000, 100, 100), size: int = 300, chosen: int = 15,
+    features: str = "groups", width: int = 64, seed: int = 0,
 ) -> Parts:  # fmt: skip
     """The strongest of ``size`` offered drug-protein pairs; the pairs are divided 6 : 2 : 2 over the parts.
 
-    ``path`` is a table (see `read_affinities`), or the folder of the Davis set (see `read_davis`).
+    ``path`` is a table (see `read_affinities`), or the folder of the Davis set (see `read_davis`). ``features``:
+    ``"groups"``, or ``"sequences"`` for `distset.tasks.offer_encoders.DeepDTA` (the simple classifier has the groups still).
     """
     found = read_davis(path) if Path(path).is_dir() else read_affinities(path)
-    made = [
-        affinity_offers(found, rows, sets=count, size=size, chosen=chosen, width=width, seed=seed_for(seed, part))
-        for part, (rows, count) in enumerate(zip(_divide(len(found.strength), seed), sets))
-    ]
-    return _parts(made, {"dim": 2 * width})
+    parts = _divide(len(found.strength), seed)
+
+    def drawn(features: str) -> list[Offers]:
+        return [
+            affinity_offers(
+                found, own, sets=count, size=size, chosen=chosen, features=features, width=width, seed=seed_for(seed, part)
+            )
+            for part, (own, count) in enumerate(zip(parts, sets))
+        ]
+
+    made = drawn(features)
+    return _parts(made, {"dim": made[0].elements.shape[-1]}, drawn("groups") if features == "sequences" else None)
 
 
 def examples(offers: Offers, group: int = 16) -> list[Example]:
@@ -174,12 +182,14 @@ def _with_truth(parts: Parts, ratio: Callable[[Tensor], Tensor], test: Offers) -
     )
 
 
-def _parts(made: list[Offers], facts: dict[str, Any]) -> Parts:
+def _parts(made: list[Offers], facts: dict[str, Any], vectors: list[Offers] | None = None) -> Parts:
+    """The parts; ``vectors`` are the same offers for the classifier, where their elements are no vectors."""
     train, val, test = made
+    seen, _, asked = vectors or made
     scores = torch.rand(test.chosen.shape, generator=generator_for(0, "random choice"))
     return Parts(
         examples(train, 1), examples(val, GROUP), examples(test, GROUP), facts,
-        {"random": _jaccard(scores, test), "classifier": _jaccard(_classify(train, test), test)},
+        {"random": _jaccard(scores, test), "classifier": _jaccard(_classify(seen, asked), test)},
         {"offers": test.rule, "baseline/classifier": "logistic regression of elements on their own, which sees no offer"},
     )  # fmt: skip
 

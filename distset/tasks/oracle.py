@@ -20,12 +20,20 @@ from torch.func import functional_call
 
 from distset.choose import by_greedy, by_size, by_threshold, overlap
 from distset.fixed_point import FixedPointWarning, Implicit, Iteration, OneStep, Solution, Stop, Unrolled
-from distset.gains import Drawn, GainsEstimator, Smoothed
+from distset.gains import Drawn, GainsEstimator, Smoothed, real_dtype
 from distset.large_offers import offer_logits, offer_loss, solve_offer
 from distset.mean_field import L2, Constant, Scale, field_step, mean_field, oracle_loss
 from distset.offers import check_offer, check_positions
 from distset.seeds import generator_for, seed_for
-from distset.set_functions import Independent, SetFunction, SumUtility, elbo, published_recognition, published_utility
+from distset.set_functions import (
+    ElementEncoder,
+    Independent,
+    SetFunction,
+    SumUtility,
+    elbo,
+    published_recognition,
+    published_utility,
+)
 from distset.sets import Chunk, ChunkedSet, InMemory
 from distset.train import Example, Parts
 
@@ -182,7 +190,7 @@ class OracleTask:
         if how.grad.steps > 1:
             before = self._field(elements, mask, seed, how._replace(grad=Unrolled(how.grad.steps - 1))).value
         elif before is None:
-            before = torch.zeros(chosen.shape, dtype=elements.dtype, device=elements.device)
+            before = torch.zeros(chosen.shape, dtype=real_dtype(self.model.utility, elements), device=elements.device)
         places = torch.argsort(counted.int(), dim=-1, descending=True, stable=True)[..., : int(counted.sum(-1).max())]
         last = field_step(
             self.model.utility, elements, gains=how.gains, scale=how.scale, mask=mask,
@@ -255,6 +263,12 @@ class OracleTask:
     def _elements(self, set: ChunkedSet) -> tuple[Tensor, Tensor | None]:
         first = next(self.model.parameters())
         chunk = set.whole().to(first.device, first.dtype)
+        begins = next(module for module in self.model.modules() if not list(module.children()))
+        if isinstance(begins, nn.Linear) and not chunk.elements.is_floating_point():
+            raise ValueError(
+                f"elements: got {chunk.elements.dtype} for a network that begins with nn.Linear, wanted floating-point "
+                f"numbers; coded letters need encoder@task.encoder=deepdta"
+            )
         return chunk.elements, chunk.mask
 
 
@@ -271,22 +285,28 @@ class _Frozen(SetFunction):
 
 def diffmf_task(
     dim: int, *, nonlinear: bool = False, context: bool = False, width: int = 256, hidden: int = 500, steps: int = 1,
-    samples: int = 5,
+    samples: int = 5, encoder: ElementEncoder | None = None,
 ) -> OracleTask:  # fmt: skip
-    """DiffMF as published: K unrolled steps from 0.5 over hard draws, |S*| negatives."""
-    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden)
+    """DiffMF as published: K unrolled steps from 0.5 over hard draws, |S*| negatives.
+
+    ``encoder`` makes the network of single elements, see `published_utility`.
+    """
+    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden, encoder=encoder)
     solve = Solve(gains=Drawn(samples, derivative=None), grad=Unrolled(steps))
     return OracleTask(OracleModel(utility), solve, negatives=1)
 
 
 def equivset_task(
     dim: int, *, rank: int = 0, nonlinear: bool = False, context: bool = False, width: int = 256, hidden: int = 500,
-    steps: int = 1, samples: int = 5,
+    steps: int = 1, samples: int = 5, encoder: ElementEncoder | None = None,
 ) -> OracleTask:  # fmt: skip
-    """EquiVSet_ind, or with a ``rank`` EquiVSet_copula, as published: DiffMF from a recognition network's guess."""
-    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden)
+    """EquiVSet_ind, or with a ``rank`` EquiVSet_copula, as published: DiffMF from a recognition network's guess.
+
+    Both networks have an ``encoder`` of their own.
+    """
+    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden, encoder=encoder)
     solve = Solve(gains=Drawn(samples, derivative=None), grad=Unrolled(steps))
-    recognition = published_recognition(dim, rank=rank, width=width, hidden=hidden)
+    recognition = published_recognition(dim, rank=rank, width=width, hidden=hidden, encoder=encoder)
     return OracleTask(OracleModel(utility, recognition), solve, negatives=1, samples=samples)
 
 
@@ -301,10 +321,11 @@ def idiffmf_task(
     gains: GainsEstimator | None = None,
     iteration: Iteration | None = None,
     stop: Stop | None = None,
+    encoder: ElementEncoder | None = None,
 ) -> OracleTask:
     """iDiffMF: the fixed point with its implicit gradient; ``scale`` is `L2()` (default), `Nuclear()` or `Constant(c)`."""
     solve = Solve(gains or Smoothed(5), L2() if scale is None else scale, Implicit(), iteration, stop)
-    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden)
+    utility = published_utility(dim, nonlinear=nonlinear, context=context, width=width, hidden=hidden, encoder=encoder)
     return OracleTask(OracleModel(utility), solve, negatives=1)
 
 

@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
+from idx_files import write_idx
+from image_folders import write_celeba
 from omegaconf import OmegaConf
 
 from distset.build import build
-from distset.problems.runs import describe, load_problem
+from distset.problems.runs import check_problem, describe, load_problem
 from distset.runs import RunFolder
+from distset.tasks.offer_encoders import DeepDTA, ImageCNN
 from distset.training import members, train_run
 from jobs._overrides import CONF
 
@@ -69,6 +72,46 @@ def test_the_registry_reports_its_baselines(tmp_path):
     assert set(stored["baselines"]) == {"random", "most_popular", "classifier"}
     assert stored["rules"]["offers"] == "registry, rest random"
     assert "offers: registry, rest random" in describe(metrics)
+
+
+ODD = ["data.examples.sets=[6,3,3]", "data.examples.size=5"]
+ENCODED = {
+    "odd_images": ["encoder@task.encoder=image_cnn", "data.examples.chosen=[1,2]"],
+    "celeba": ["encoder@task.encoder=image_cnn", "data.examples.chosen=[1,2]", "data.examples.side=25"],
+    "compounds": ["encoder@task.encoder=deepdta", "data.examples.chosen=2", "data.examples.features=sequences"],
+}
+
+
+@pytest.fixture(scope="module")
+def elements_that_are_no_vectors(tmp_path_factory) -> dict[str, str]:
+    """The path of the data, by name."""
+    folder = tmp_path_factory.mktemp("data")
+    write_idx(folder, count=200, side=28, classes=3)
+    write_celeba(folder, [0] * 24 + [1] * 16 + [2] * 20)
+    rows = [f"C{'N' * d},M{'K' * t},{d + 10 * t}" for d in range(7) for t in range(6)]
+    (folder / "table.csv").write_text("\n".join(["drug,target,affinity", *rows]))
+    return {"odd_images": str(folder), "celeba": str(folder), "compounds": str(folder / "table.csv")}
+
+
+@pytest.mark.parametrize("method", ["idiffmf_2", "diffmf", "equivset_copula"])
+@pytest.mark.parametrize("data", ENCODED)
+def test_published_encoders_train_and_are_rebuilt(data, method, tmp_path, elements_that_are_no_vectors):
+    chosen = ["task=oracle", f"method@task={method}", "task.width=8", "task.hidden=8", f"data={data}", *ODD, *ENCODED[data]]
+    config = composed(*chosen, f"data.examples.path={elements_that_are_no_vectors[data]}", *SHORT)
+    metrics = train_run(config, tmp_path)
+    assert metrics["steps"] == 2
+    assert set(metrics["baselines"]) == {"random", "classifier"}
+    parts, task = build(config["data"]["examples"]), load_problem(RunFolder(tmp_path))
+    again = task.metrics([task.predict(e.set).detach() for e in parts.test], [e.target for e in parts.test])
+    assert again["jaccard"] == pytest.approx(metrics["test"]["jaccard"], abs=1e-12)
+    assert isinstance(task.model.utility.encoder, {"compounds": DeepDTA}.get(data, ImageCNN))
+    assert (tmp_path / "plots" / "chosen.png").is_file() == (data != "compounds")
+
+
+def test_an_encoder_that_does_not_fit_the_data_is_named():
+    config = composed("task=oracle", "encoder@task.encoder=deepdta", *SMALL, *SHORT)
+    with pytest.raises(ValueError, match=r"encoder: got elements of 2 numbers.*data=compounds data.examples.features=seq"):
+        check_problem(config)
 
 
 STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
