@@ -81,11 +81,14 @@ class ChunkedSet(ABC):
 
     def sum(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> list[Tensor | None]:
         """The tuples of tensors ``fn(chunk, *args)`` added up one by one; None counts as zero."""
+        parts = iter(self.map(fn, *args, ids=ids))
+        first = list(next(parts))  # a set has at least one chunk
         total: list[Tensor | None] | None = None
-        for part in self.map(fn, *args, ids=ids):
-            total = add_into([None] * len(part) if total is None else total, part)
-        assert total is not None, "a set has at least one chunk"
-        return total
+        for part in parts:  # of one chunk alone there is nothing to add, and no copy
+            if total is None:
+                total, first = add_into([None] * len(first), first), []
+            total = add_into(total, part)
+        return first if total is None else total
 
     def whole(self) -> Chunk:
         """All elements as one chunk, for sets that fit in memory; no copy where they are in one."""

@@ -5,8 +5,9 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import estimators, oracle_gradients, sampling
+from benchmarks import estimators, oracle_gradients, sampling, set_memory
 from benchmarks.memory import status_mib
 from distset.fixed_point import Implicit, OneStep
 from distset.gains import Drawn, Enumerated, Smoothed
@@ -56,3 +57,41 @@ def test_memory_is_that_of_this_process_alone():
     assert len(ballast) / 2**20 < status_mib("VmRSS")
     with pytest.raises(RuntimeError, match="does not report VmNothing"):
         status_mib("VmNothing")
+
+
+def test_the_peak_of_a_step_is_what_its_tensors_take_at_one_time():
+    """Of four tensors of 4 MiB at most two are alive; what was there before does not count."""
+    before = torch.ones(2**20)
+
+    def step():
+        first = before + 1
+        second = first * 2
+        del first
+        return float((second + 1).sum()) + float((before * 3).sum())
+
+    assert set_memory.peak_bytes(step) == pytest.approx(2 * 2**22, rel=0.01)
+
+
+def test_autograd_keeps_what_a_step_needs_on_the_way_back():
+    weight = torch.nn.Parameter(torch.ones(2**20))
+    row = set_memory.measured(torch.nn.ParameterList([weight]), lambda: (weight * torch.ones(2**20)).exp().sum().backward())
+    assert row["kept MiB"] == pytest.approx(8, rel=0.01)  # the factor of the weight, and the exponentials
+    assert row["peak MiB"] >= 8
+
+
+def test_memory_that_grows_with_the_context_misses_its_bars():
+    points = [{"model": model, "gradient": grad, "peak MiB": 1.0 if grad == "sampled" else 4.0}
+              for model in (*set_memory.MERGEABLE, *set_memory.WHOLE) for grad in ("sampled", "full")]  # fmt: skip
+
+    def missed(growth: float) -> list[str]:
+        pixels = [{"model": "sse", "gradient": grad, "context": size, "peak MiB": rate * size + base}
+                  for grad, rate, base in (("sampled", growth, 1.0), ("full", 0.01, 1.0))
+                  for size in set_memory.CONTEXTS]  # fmt: skip
+        words = [{"gradient": grad, "words": size, "peak MiB": rate * size + base, "kept MiB": rate * size + 0.1}
+                 for grad, rate, base in (("sampled", growth, 0.5), ("full", 0.002, 0.5))
+                 for size in set_memory.WORDS]  # fmt: skip
+        bars = set_memory.bars_of(points, pixels, words)
+        return [name for name, (value, _, wanted) in bars.items() if value > wanted]
+
+    assert missed(0.0) == []
+    assert len(missed(0.01)) == 6
