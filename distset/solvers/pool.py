@@ -29,7 +29,8 @@ from distset.solvers.base import Solved, Solver, Status, TimeLimit, as_solver
 
 __all__ = ["LocalPool", "Pooled"]
 
-CHUNK_SECONDS = 0.05  # chunks of about this long are small enough to even out unequal instances
+CHUNK_SECONDS = 0.05  # chunks need be no shorter to even out unequal instances
+CHUNKS = 4  # a worker, of a call that is not too short for them
 CHECK_EVERY = 50  # of the calls that are worth workers, one in so many is solved and timed in process
 FORGET = 0.02
 
@@ -89,6 +90,7 @@ class Pooled(Solver):
         self.nonnegative, self.scale_free = self.solver.nonnegative, self.solver.scale_free
         self.pooled_calls = 0
         self._paces: dict[tuple[int, ...], Pace] = {}
+        self._seconds: dict[tuple[int, ...], float] = {}  # an instance, in the workers
         self._overhead, self._missed, self._turn = self.overhead, 0.0, 0
 
     # What the workers are
@@ -133,7 +135,7 @@ class Pooled(Solver):
         if self.hard is not None:
             return self._pooled(costs, 1)
         if self.when == "always":
-            return self._pooled(costs, ceil(len(costs) / self.workers))
+            return self._pooled(costs, self._chunk(costs))
         parts = self._probe(costs)
         rest = costs[sum(len(part.status) for part in parts) :]
         if len(rest):
@@ -187,9 +189,12 @@ class Pooled(Solver):
         return self._missed > self.startup and self._turn % CHECK_EVERY > 0
 
     def _chunk(self, costs: np.ndarray) -> int:
-        """Instances a chunk: one chunk a worker, or more where they take long and unequally so."""
-        each = ceil(len(costs) / self.workers)
-        return max(1, min(each, round(CHUNK_SECONDS / max(self._paces[costs.shape[1:]].seconds, 1e-9))))
+        """Instances a chunk: few enough to even out unequal instances, as many as make a message worth its while."""
+        shape, share = costs.shape[1:], ceil(len(costs) / self.workers)
+        pace = self._paces.get(shape)
+        seconds = max(self._seconds.get(shape, pace.seconds if pace else 0.0), 1e-9)
+        wanted = min(CHUNK_SECONDS, max(10 * self.overhead, share * seconds / CHUNKS))
+        return max(1, min(share, round(wanted / seconds)))
 
     # The schedule
 
@@ -208,6 +213,7 @@ class Pooled(Solver):
         if self.pooled_calls > 1 and pace is not None:
             over = time.perf_counter() - start - pace.seconds * len(costs) / self.workers
             self._overhead = 0.7 * self._overhead + 0.3 * max(over, 0.0)
+        self._seconds[costs.shape[1:]] = sum(answer.seconds for answer in answers) / len(costs)
         solved = [answer.solved for answer in answers if answer.solved is not None]
         return Solved(*(np.concatenate(arrays) for arrays in zip(*solved)))
 

@@ -197,6 +197,29 @@ def test_no_more_than_one_chunk_a_worker_is_sent():
     assert Watched.most == 2
 
 
+class Counted(LocalPool):
+    def _submit(self, worker, costs):
+        self.sizes = [*getattr(self, "sizes", []), len(costs)]
+        super()._submit(worker, costs)
+
+
+def test_long_instances_are_dealt_out_a_few_at_a_time():
+    """Unequal ones would leave a worker idle; what they take is known from the first call."""
+
+    def slow(w):
+        time.sleep(0.01 * len(w))
+        return cheapest(w)
+
+    w = costs(4, batch=16)
+    with Counted(slow, 2, when="always") as pool:
+        assert np.array_equal(pool.solve(w), cheapest(w))
+        assert np.array_equal(pool.solve(w), cheapest(w))
+        assert pool.sizes == [8, 8, *[2] * 8]
+        for seconds, size in ((1e-6, 8), (1e-3, 5), (0.01, 2), (0.02, 2), (0.04, 1), (1.0, 1)):
+            pool._seconds[4,] = seconds
+            assert pool._chunk(w) == size
+
+
 def test_a_pool_can_be_pickled_and_closed_twice():
     pool = LocalPool(ShortestPath(), 2, when="always")
     w = costs(4, 4)
