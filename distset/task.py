@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from distset.sets import ChunkedSet
 
-__all__ = ["BatchTask", "Example", "LazyExamples", "PacedTask", "Parts", "Task"]
+__all__ = ["BatchTask", "Elements", "Example", "LazyExamples", "PacedTask", "Parts", "StreamedTask", "Task"]
 
 
 class Example(NamedTuple):
@@ -21,6 +21,18 @@ class Example(NamedTuple):
 
     set: ChunkedSet
     target: Any
+
+
+class Elements(NamedTuple):
+    """What the elements of a task's sets are.
+
+    Attributes:
+        shape: of one element.
+        words: they are numbers of a vocabulary of so many, integers from 0; None for measured values.
+    """
+
+    shape: tuple[int, ...]
+    words: int | None = None
 
 
 class LazyExamples(Sequence[Example]):
@@ -101,4 +113,18 @@ class PacedTask(Task, Protocol):
 
     def progress(self, share: float) -> None:
         """A ``share`` of the planned steps, from 0 to below 1, is done."""
+        ...
+
+
+@runtime_checkable
+class StreamedTask(Task, Protocol):
+    """A task whose ``model.encoder`` takes a set in one sweep, so that it can be asked while the set still grows."""
+
+    @property
+    def elements(self) -> Elements:
+        """What a set consists of."""
+        ...
+
+    def answer(self, encoding: Any) -> dict[str, Any]:
+        """What there is to say of a set by its encoding, wherever that was made: plain lists and numbers by name."""
         ...

@@ -1,7 +1,8 @@
-"""Serve a trained bag classifier: ``python -m jobs.serve run=runs/digits folder=states``.
+"""Serve a trained set encoder: ``python -m jobs.serve run=runs/digits folder=states``.
 
-Clients push chunks of sets over HTTP, in any order, and ask for predictions at any time (docs/streaming.md). It listens on
-loopback unless ``host`` says otherwise, and goes on until it is interrupted; states outlive it.
+Runs of bags, documents, clustering and completion. Clients push chunks of sets over HTTP, in any order, and ask for
+predictions at any time (docs/streaming.md). It listens on loopback unless ``host`` says otherwise, and goes on until it is
+interrupted; states outlive it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from distset.build import build
 from distset.runs import RunFolder
+from distset.served import load_served
 from jobs._common import job
 
 
@@ -21,7 +23,7 @@ def main(config: dict[str, Any]) -> None:
     from distset.cluster.train import start_ray
 
     run = RunFolder(config["run"])
-    run.load_task()  # says what is wrong with it before anything starts
+    load_served(run)  # says what is wrong with it before anything starts
     start_ray(build(config["cluster"], "cluster"))
     address = serve_sets(
         str(run.path.resolve()),

@@ -47,7 +47,7 @@ ABOVE = """
     data
     run_log runs stream_store
     problems bags bags.runs bags.predict bags.explain
-    bags.results bags.evaluate
+    bags.results bags.evaluate served
     doctor.findings
     cluster
     training

@@ -2,7 +2,7 @@
 
 ======================================= ==================================================================
 ``POST /sets/{id}/chunks/{number}``     an Arrow body (`distset.data.arrow_chunks`); answers what the set has
-``GET /sets/{id}``                      class probabilities from all chunks so far
+``GET /sets/{id}``                      what the model says of all chunks so far, such as class probabilities
 ``DELETE /sets/{id}``                   forget the set
 ``GET /``                               the model: its classes and the elements it takes
 ======================================= ==================================================================
@@ -29,8 +29,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from torch import Tensor
 
-from distset.data.arrow_chunks import read_chunk
+from distset.data.arrow_chunks import read_chunk, read_words
 from distset.runs import RunFolder
+from distset.served import load_served
 from distset.stream_store import StreamStore
 
 __all__ = ["SetServer", "serve_sets"]
@@ -47,17 +48,15 @@ class SetServer:
     """One replica.
 
     Args:
-        run: the run folder of a bag classifier.
+        run: the run folder of a model that `distset.served.load_served` takes.
         folder: of the states, shared by all replicas.
         idle_seconds: a set that got nothing for so long is forgotten; None for never.
     """
 
     def __init__(self, run: str, folder: str, idle_seconds: float | None = None) -> None:
         torch.set_num_threads(1)
-        trained = RunFolder(run)
-        self.task = trained.load_task()
-        self.shape = tuple(trained.element_shape)
-        self.store = StreamStore(folder, self.task.model.encoder, self.shape)
+        self.served = load_served(RunFolder(run))
+        self.store = StreamStore(folder, self.served.task.model.encoder, self.served.elements.shape)
         self._closed = threading.Event()
         if idle_seconds is not None:
             threading.Thread(target=self._expire, args=(idle_seconds,), daemon=True).start()
@@ -77,7 +76,7 @@ class SetServer:
                 gone = await asyncio.to_thread(self.store.drop, _id(found["set"]))
                 return JSONResponse({"deleted": gone}, 200 if gone else 404)
             if path == "/" and request.method == "GET":
-                return JSONResponse({"classes": self.task.classes, "element_shape": self.shape})
+                return JSONResponse(self.served.about())
         except ValueError as error:
             return _refuse(400, str(error))
         if CHUNK.fullmatch(path) or SET.fullmatch(path) or path == "/":
@@ -92,14 +91,17 @@ class SetServer:
         return JSONResponse(taken._asdict())
 
     def _elements(self, body: bytes) -> Tensor:
-        """Vectors as they are; images come flat."""
+        """Vectors and words as they are; images come flat."""
+        shape, words = self.served.elements
+        if words is not None:
+            return read_words(body, words)
         rows = read_chunk(body)
-        if rows.shape[1] != math.prod(self.shape):
+        if rows.shape[1] != math.prod(shape):
             raise ValueError(
-                f"body: has elements of {rows.shape[1]} values, the model takes {math.prod(self.shape)} "
-                f"(shape {self.shape}); is this the encoder that its features came from?"
+                f"body: has elements of {rows.shape[1]} values, the model takes {math.prod(shape)} "
+                f"(shape {shape}); is this the encoder that its features came from?"
             )
-        return rows.reshape(-1, *self.shape)
+        return rows.reshape(-1, *shape)
 
     def _predict(self, set_id: str) -> Response:
         try:
@@ -107,11 +109,13 @@ class SetServer:
         except KeyError:
             return _refuse(404, f"set {set_id!r}: nothing has come for it, or it was idle too long")
         with torch.no_grad():
-            probabilities = self.task.predict_encoding(encoding)
-        if not bool(probabilities.isfinite().all()):
-            raise ValueError(f"set {set_id!r}: is too large for the model's precision; delete it, and scale its elements")
-        answer = {"probabilities": dict(zip(self.task.classes, probabilities.tolist())), "chunks": taken.chunks}
-        return JSONResponse({**answer, "elements": taken.elements})
+            answer = self.served.task.answer(encoding)
+        try:
+            return JSONResponse({**answer, "chunks": taken.chunks, "elements": taken.elements})
+        except ValueError as error:  # JSON has no NaN and no infinities
+            raise ValueError(
+                f"set {set_id!r}: is too large for the model's precision; delete it, and scale its elements"
+            ) from error
 
     def _expire(self, idle_seconds: float) -> None:
         while not self._closed.wait(min(60.0, max(0.1, idle_seconds / 4))):

@@ -67,6 +67,10 @@ class BagTask:
         """Class probabilities ``(C,)`` from the encoding of a set, wherever it was made."""
         return self._normalised(self.model.head(encoding))[0].exp()
 
+    def answer(self, encoding: Any) -> dict[str, Any]:
+        """``{"probabilities": {class: p, ...}}``"""
+        return {"probabilities": dict(zip(self.classes, self.predict_encoding(encoding).tolist()))}
+
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[int]) -> dict[str, float]:
         """The mean of the weighted log-loss, and `distset.report.bag_scores` at threshold 1/2 (AUROC and its kin)."""
         from distset.report import bag_scores  # numpy, pandas and matplotlib: not needed for a model alone

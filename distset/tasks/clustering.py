@@ -24,6 +24,7 @@ from distset.blocks import Mixture
 from distset.encoders import ChunkEncoder
 from distset.seeds import seeded
 from distset.sets import ChunkedSet, InMemory
+from distset.task import Elements
 from distset.tasks.set_models import SetModel
 from distset.train import Example, Parts
 
@@ -45,11 +46,13 @@ class ClusteringTask:
 
     Args:
         model: gives ``(*, K, 1 + 2 D)`` for a set.
+        dim: D, of a point.
         at_once: sets of a step that are encoded as one batch.
     """
 
-    def __init__(self, model: SetModel, at_once: int = 10) -> None:
+    def __init__(self, model: SetModel, dim: int, at_once: int = 10) -> None:
         self.model, self.at_once = model, at_once
+        self.elements = Elements((dim,))
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """The negative log-likelihood of the set's points, the mean over them."""
@@ -64,6 +67,11 @@ class ClusteringTask:
     def predict(self, set: ChunkedSet) -> Tensor:
         """``(*, K, 1 + 2 D)``, see `to_mixture`."""
         return self.model(set, seed=0)
+
+    def answer(self, encoding: Any) -> dict[str, Any]:
+        """The mixture: ``weights (K)``, ``means (K, D)``, ``variances (K, D)``."""
+        mixture = to_mixture(self.model.head(encoding))
+        return dict(zip(("weights", "means", "variances"), (part.tolist() for part in mixture), strict=True))
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Truth]) -> dict[str, float]:
         """``loss``, the NLL per point, and ``rand_index``: the share of pairs of points that the likeliest components put
@@ -127,7 +135,7 @@ def clustering_task(
     """
     with seeded(seed, torch.device("cpu")):
         encoder, head = model(dim=dim, components=components)
-    return ClusteringTask(SetModel(encoder, head, grad), at_once)
+    return ClusteringTask(SetModel(encoder, head, grad), dim, at_once)
 
 
 def _stacked(sets: Sequence[ChunkedSet]) -> InMemory:

@@ -25,6 +25,7 @@ from distset.encode import encode_set
 from distset.encoders import ChunkEncoder
 from distset.seeds import generator_for, seeded
 from distset.sets import ChunkedSet, InMemory
+from distset.task import Elements
 from distset.tasks.set_models import Waves
 from distset.train import Example, Parts
 
@@ -79,7 +80,11 @@ class CompletionModel(nn.Module):
 
     def forward(self, context: ChunkedSet, places: Tensor, *, seed: int | None = None) -> Tensor:
         """Means and deviations ``(*, T, 2 C)`` at ``places (T, 2)`` or ``(*, T, 2)``."""
-        code = self.pool(encode_set(self.encoder, context, grad=self.grad, seed=seed))
+        return self.decode(encode_set(self.encoder, context, grad=self.grad, seed=seed), places)
+
+    def decode(self, encoding: Tensor, places: Tensor) -> Tensor:
+        """The same from the encoding of the context."""
+        code = self.pool(encoding)
         mean, raw = self.decoder(self.from_code(code).unsqueeze(-2) + self.from_place(places)).chunk(2, -1)
         return torch.cat([mean, LEAST_DEVIATION + (1 - LEAST_DEVIATION) * F.softplus(raw)], -1)
 
@@ -113,6 +118,7 @@ class CompletionTask:
             raise ValueError(f"targets: got {targets}, wanted 1 to {pixels} pixels, or None for all")
         self.model, self.shape, self.context, self.chunk_size = model, tuple(shape), context, chunk_size
         self.targets, self.at_once = targets, at_once
+        self.elements = Elements((2 + self.shape[2],))
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """The mean negative log-likelihood of an image's pixels, given some of them."""
@@ -136,6 +142,12 @@ class CompletionTask:
         """Means and deviations of every pixel, ``(*, H W, 2 C)``, from the context ``set``."""
         places = pixel_places(*self.shape[:2]).to(next(self.model.parameters()))
         return self.model(set, places, seed=0)
+
+    def answer(self, encoding: Any) -> dict[str, Any]:
+        """The completed image: ``means`` and ``deviations``, ``(H, W, C)`` each. Elements are `pixel_places` and values."""
+        places = pixel_places(*self.shape[:2]).to(next(self.model.parameters()))
+        parts = self.model.decode(encoding, places).chunk(2, -1)
+        return {name: part.view(self.shape).tolist() for name, part in zip(("means", "deviations"), parts)}
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Images]) -> dict[str, float]:
         """``loss``, the mean negative log-likelihood of a pixel, over all and by context size (``context/100`` and so on),

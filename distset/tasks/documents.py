@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from distset.encoders import ChunkEncoder
 from distset.seeds import seeded
 from distset.sets import ChunkedSet
+from distset.task import Elements
 from distset.tasks.set_models import SetModel
 from distset.train import Example
 
@@ -30,11 +31,14 @@ class DocumentTask:
 
     Args:
         model: gives logits ``(C)``.
+        words: in the vocabulary.
+        classes: names of the C classes.
         multi_label: any number of classes a document, each by a sigmoid; else one, by softmax.
     """
 
-    def __init__(self, model: SetModel, *, multi_label: bool) -> None:
-        self.model, self.multi_label = model, multi_label
+    def __init__(self, model: SetModel, *, words: int, classes: Sequence[str], multi_label: bool) -> None:
+        self.model, self.classes, self.multi_label = model, list(classes), multi_label
+        self.elements = Elements((1,), words)
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """Cross-entropy: the mean over the classes where a document may have several."""
@@ -43,6 +47,12 @@ class DocumentTask:
     def predict(self, set: ChunkedSet) -> Tensor:
         """Logits ``(C)``."""
         return self.model(set, seed=0)
+
+    def answer(self, encoding: Any) -> dict[str, Any]:
+        """``{"probabilities": {class: p, ...}}``; they do not add up to 1 where a document may have several classes."""
+        logits = self.model.head(encoding)
+        probabilities = logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        return {"probabilities": dict(zip(self.classes, probabilities.tolist()))}
 
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
         """``loss``, ``micro_f1`` (the accuracy where a document has one class) and ``macro_f1``."""
@@ -77,4 +87,4 @@ def document_task(
     """
     with seeded(seed, torch.device("cpu")):
         encoder, head = model(words=words, outputs=len(classes))
-    return DocumentTask(SetModel(encoder, head, grad), multi_label=multi_label)
+    return DocumentTask(SetModel(encoder, head, grad), words=words, classes=classes, multi_label=multi_label)
