@@ -9,13 +9,16 @@ import torch
 from torch import nn
 
 from distset import InMemory
+from distset.data import Bag, write_store
 from distset.fixed_point import Anderson, Implicit, OneStep, Stop, fixed_point
-from distset.gains import soft_subset
+from distset.gains import Smoothed, soft_subset
 from distset.krylov import GMRES
 from distset.large_offers import first_field, offer_logits, offer_loss, solve_offer
 from distset.mean_field import oracle_loss
 from distset.seeds import generator_for
 from distset.set_functions import SumUtility, UserUtility
+from distset.tasks.oracle import OracleModel, OracleTask, Solve
+from distset.train import Example
 
 TIGHT = Stop(max_steps=500, atol=1e-12, rtol=1e-12)
 
@@ -170,6 +173,29 @@ def test_a_set_that_lies_elsewhere_gives_the_same_bits():
         loss = offer_loss(utility, offer, field, torch.tensor([3]))
         results.append([field.sums.detach(), loss.detach(), *torch.autograd.grad(loss, list(utility.parameters()))])
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["solved", "first step"])
+def test_an_offer_on_disk_is_the_offer_in_memory(first, tmp_path):
+    """Forward and implicit backward have its bits; so has a training step of the task."""
+    utility, elements = make(context=True, n=200)
+    stored = write_store(tmp_path / "store", [Bag("offer", elements.numpy())]).open("offer", 32)
+    own_order = torch.cat(list(stored.map(lambda chunk: chunk.elements.clone())))  # a store has its own
+    chosen, found = torch.tensor([3, 64, 199]), []
+    for offer in (InMemory(own_order, 32), stored):
+        field = (
+            first_field(utility, offer) if first else solve_offer(utility, offer, grad=Implicit(GMRES(1e-13)), stop=TIGHT)
+        )
+        assert first or bool(field.solution.converged)
+        loss = offer_loss(utility, offer, field, chosen)
+        gradient = torch.autograd.grad(loss, list(utility.parameters()))
+        found.append([field.sums.detach(), loss.detach(), offer_logits(utility, offer, field), *gradient])
+    assert stored.num_chunks == 7
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    task = OracleTask(OracleModel(utility), Solve(gains=Smoothed(5)), negatives=1)
+    losses = [task.loss(Example(offer, chosen), seed=2) for offer in (InMemory(own_order, 32), stored)]
+    gradients = [torch.autograd.grad(loss, list(utility.parameters())) for loss in losses]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_elements_whose_own_equation_has_no_solution_are_said_once(monkeypatch):

@@ -18,7 +18,11 @@ from distset.cluster.config import Cluster
 from distset.cluster.group_set import GroupSet, SetGroup
 from distset.cluster.world import ClusterWorld, check_sharing, open_world
 from distset.data import Bag, Store, write_store
+from distset.fixed_point import Implicit, Stop, Unrolled
+from distset.krylov import GMRES
+from distset.large_offers import offer_logits, offer_loss, solve_offer
 from distset.optim import Optimisation
+from distset.set_functions import SumUtility
 from distset.states import Sum
 from distset.tasks.bag_models import umbc
 from distset.tasks.bags import BagTask
@@ -69,6 +73,7 @@ def on_a_rank(rank: int, folder: str) -> None:
         found["traffic"] = traffic(three)
         found["sum"] = sums(three)
         found["stored"] = stored(three, folder)
+        found["offer"] = [offer(three, folder, steps=steps) for steps in (None, 3)]
     with open_world(Cluster(workers=RANKS, set_parallel=2)):
         world = current_world()
         found["world"] = (world.part, world.parts, world.team)
@@ -105,6 +110,35 @@ def stored(group: SetGroup, folder: str) -> bool:
             for mine, wanted in zip(found, gradient):
                 torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-12)
     return True
+
+
+def offer(group: SetGroup, folder: str, steps: int | None) -> list[torch.Tensor]:
+    """The mean field of an offer on disk that the ranks share, and the gradient of its loss: those of one process.
+
+    ``steps``: unrolled ones; None for the fixed point and its implicit gradient.
+    """
+    bag = Store(f"{folder}/store").open("a", CHUNK)
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1))
+    utility = SumUtility(nn.Sequential(nn.Linear(DIM, 4), nn.Tanh()), head, context=True).double()
+    with torch.no_grad():
+        head[0].weight.mul_(20 / len(bag))
+        head[2].weight.mul_(len(bag) / 8)
+    grad = Implicit(GMRES(1e-12)) if steps is None else Unrolled(steps)
+    chosen, results = torch.tensor([0, 17, 18, 199]), []
+    elements = torch.cat(list(bag.map(lambda chunk: chunk.elements.clone())))
+    for kind in (InMemory(elements, CHUNK), GroupSet(bag, group), GroupSet(InMemory(elements, CHUNK), group)):
+        field = solve_offer(utility, kind, seed=1, samples=3, grad=grad, stop=Stop(200, 1e-10, 1e-10))
+        assert steps is not None or bool(field.solution.converged)
+        loss = offer_loss(utility, kind, field, chosen, counted=torch.arange(0, 200, 2))
+        gradient = torch.autograd.grad(loss, list(utility.parameters()))
+        results.append([field.sums.detach(), loss.detach(), offer_logits(utility, kind, field), *gradient])
+    for shared in results[1:]:
+        for mine, wanted in zip(shared[:3], results[0][:3]):
+            assert torch.equal(mine, wanted)
+        for mine, wanted in zip(shared[3:], results[0][3:], strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-12)
+    return results[1]
 
 
 def few_chunks(group: SetGroup) -> bool:
@@ -228,6 +262,13 @@ def test_more_ranks_than_chunks_and_maps_and_sums(found):
 
 def test_a_stored_set_is_the_set_in_memory(found):
     assert all(found[rank]["stored"] for rank in range(3))
+
+
+def test_an_offer_that_ranks_share_is_solved_and_differentiated_as_in_memory(found):
+    """Held on each rank; here, that all ranks have the same bits."""
+    for rank in range(3):
+        for mine, first in zip(found[rank]["offer"], found[0]["offer"], strict=True):
+            assert same(mine, first)
 
 
 def test_an_error_on_one_rank_is_raised_on_all(found):
