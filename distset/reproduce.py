@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from distset.bags.evaluate import evaluate
+from distset.bags.predict import Work
 from distset.files import write_atomically
 from distset.report import write_json
 from distset.report.table_figures import draw_table
@@ -50,12 +52,15 @@ class Row(NamedTuple):
         config: the resolved configuration of ``jobs.train``, with its ``seeds`` and ``folds``.
         published: by figure, what the paper reports.
         command: what a user types to get this row.
+        evaluate: a configuration of ``jobs.evaluate`` (of any run): the row also has ``elements/attention``,
+            ``elements/contribution`` and ``elements/alone``, see `distset.bags.evaluate.find_elements`; None for no such.
     """
 
     name: str
     config: dict[str, Any]
     published: dict[str, float]
     command: str
+    evaluate: dict[str, Any] | None = None
 
 
 class Table(NamedTuple):
@@ -68,6 +73,7 @@ class Table(NamedTuple):
         lower: those of them where less is better.
         rows: its lines.
         draw: what is drawn of it, see `distset.report.table_figures`.
+        before: what a user types before the rows' commands, such as the ingestion of their store.
     """
 
     name: str
@@ -77,6 +83,7 @@ class Table(NamedTuple):
     lower: list[str]
     rows: list[Row]
     draw: Mapping[str, Any] = {}
+    before: Sequence[str] = ()
 
 
 def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[str] | None = None) -> dict[str, Any]:
@@ -104,6 +111,7 @@ def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[
             "figures": table.figures,
             "lower": table.lower,
             "rows": [_described(row, known.get((row.name, row.command), {})) for row in table.rows],
+            **({"before": list(table.before)} if table.before else {}),
         }
         write_json(path, gathered)
     draw_table(table.draw, gathered, folders, path.with_suffix(""))
@@ -118,13 +126,19 @@ def _described(row: Row, found: Mapping[str, Any]) -> dict[str, Any]:
 def measure(names: Sequence[str], results: str | Path) -> None:
     """Run benchmarks, each in a process of its own, and keep their figures in ``results/benchmarks.json``.
 
+    Those that take ``--picture PATH`` draw ``results/benchmark-<name>.png``.
+
     Raises:
         RuntimeError: for one that ends without its line of figures.
     """
     path = Path(results) / BENCHMARKS
     kept = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
-        done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], stdout=subprocess.PIPE, text=True, check=False)
+        command = [sys.executable, "-m", f"benchmarks.{name}"]
+        if "--picture" in Path("benchmarks", f"{name}.py").read_text():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            command += ["--picture", str(path.with_name(f"benchmark-{name}.png"))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         last = done.stdout.strip().rpartition("\n")[2]
         if not last.startswith("{"):
             raise RuntimeError(
@@ -179,7 +193,7 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
             write_json(own / "seconds.json", {"cpu_seconds": time.process_time() - clock})
         if (own / "seconds.json").is_file():
             seconds.append(json.loads((own / "seconds.json").read_text())["cpu_seconds"])
-        figures.append(final_figures(metrics))
+        figures.append({**final_figures(metrics), **({} if row.evaluate is None else _of_elements(row.evaluate, own))})
         steps.append(metrics["steps"])
         baselines.append(metrics.get("baselines", {}))
     gathered = {key: [own[key] for own in figures if own.get(key) is not None] for key in figures[0]}
@@ -189,6 +203,15 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
         "cpu_seconds": statistics.fmean(seconds) if seconds else None,
         "baselines": {rule: statistics.fmean(own[rule] for own in baselines) for rule in baselines[0]},
     }
+
+
+def _of_elements(config: Mapping[str, Any], run: Path) -> dict[str, float]:
+    """How well a run's heat-maps find labelled elements, measured once: AUROC within a bag, the mean over bags."""
+    work = Work.of({**config, "run": str(run)}, "evaluate")
+    if not (work.out / "metrics.json").is_file():
+        evaluate(work, resamples=config["resamples"], instances=True)
+    found = json.loads((work.out / "metrics.json").read_text())["instances"]
+    return {f"elements/{name}": found[name]["value"] for name in ("attention", "contribution", "alone")}
 
 
 def _section(table: Mapping[str, Any], pictures: Sequence[str]) -> str:
@@ -208,7 +231,7 @@ def _section(table: Mapping[str, Any], pictures: Sequence[str]) -> str:
         steps = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         lines.append(_line([row["name"], *shown, published, ", ".join(verdicts), runs, steps, minutes]))
     lines += _simple_rules(table["rows"])
-    commands = "\n".join(row["command"] for row in table["rows"])
+    commands = "\n".join([*table.get("before", []), *(row["command"] for row in table["rows"])])
     measured = sorted({f"{row['date']}, {row['hardware']}" for row in table["rows"] if row["values"]})
     return "\n".join([*lines, *pictures, "", f"{'; '.join(measured)}.", "", f"```bash\n{commands}\n```", ""])
 

@@ -8,15 +8,20 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hydra import initialize_config_module
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
-from distset.reproduce import collect, measure, render
-from jobs.reproduce import TABLES, chosen_rows, main, read_table
+from distset.data import Bag, Store, StoreWriter, make_splits
+from distset.reproduce import Row, Table, collect, measure, render
+from jobs.reproduce import TABLES, chosen_rows, main, make_stores, read_table
 
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
-SETTINGS = {"short": False, "paths": dict.fromkeys(
-    ("registry", "cells", "davis", "mnist", "fashion", "movies", "flags"), "data")}  # fmt: skip
+FOLDERS = {"registry": "amazon_registry", "cells": "cells_pbmc68k", "davis": "davis", "mnist": "mnist",
+           "fashion": "fashion_mnist", "movies": "movie_reviews", "flags": "flags_capitals", "colon": "colon_crc",
+           "classic": "mil_classic"}  # fmt: skip
+SETTINGS = {"short": False, "runs": "runs", "paths": dict.fromkeys(FOLDERS, "data")}
 
 
 @pytest.mark.parametrize("short", [False, True], ids=["whole", "short"])
@@ -36,11 +41,9 @@ def test_every_row_composes(name, short):
 def test_the_short_form_of_every_table_runs_to_the_page(name, tmp_path, monkeypatch):
     """Every row trains two steps on the real data, is measured and shown; and nothing of it is near the real results."""
     data = Path(os.environ.get("DISTSET_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    folders = {"registry": "amazon_registry", "cells": "cells_pbmc68k", "davis": "davis", "mnist": "mnist",
-               "fashion": "fashion_mnist", "movies": "movie_reviews", "flags": "flags_capitals"}  # fmt: skip
     if not data.is_dir():
         pytest.skip(f"no data at {data}")
-    paths = [f"paths.{key}={data / folder}" for key, folder in folders.items()]
+    paths = [f"paths.{key}={data / folder}" for key, folder in FOLDERS.items()]
     places = [f"{key}={tmp_path / key}" for key in ("runs", "results", "page")]
     monkeypatch.setattr(sys, "argv", ["jobs.reproduce", f"table={name}", "short=true", *paths, *places])
     main()
@@ -74,6 +77,64 @@ def test_a_short_table_is_gathered_rendered_and_not_trained_twice(tmp_path):
     assert "| EquiVSet_ind | – | – | – | 0.91 | not measured | 0 |" in page
 
 
+def test_stores_are_made_for_the_rows_that_are_run(tmp_path):
+    random = np.random.default_rng(0)
+    train = np.ones((1, 2, 12), bool)
+    train[0, 0, :4], train[0, 1, 8:] = False, False
+    bags = {"X": random.normal(size=(36, 5)), "ptr": np.arange(0, 37, 3), "y": np.arange(12) % 2, "folds_train": train}
+    np.savez(tmp_path / "musk1.npz", **bags)
+    config = {**SETTINGS, "short": True, "runs": str(tmp_path / "runs")}
+    config["paths"] = {**SETTINGS["paths"], "classic": str(tmp_path)}
+    with initialize_config_module("conf", version_base="1.3"):
+        table = read_table("bags_classic", config)
+        make_stores("bags_classic", config, table.rows[:1])  # those of the other rows have no files here
+    assert [path.name for path in (tmp_path / "runs" / "short" / "stores").iterdir()] == ["musk1"]
+    gathered = collect(table, tmp_path / "runs" / "short", tmp_path / "results", rows=["MUSK1"])
+    assert gathered["rows"][0]["steps"] == [2, 2]
+    assert (
+        gathered["before"][1]
+        == "python -m jobs.ingest source=classic source.path=CLASSIC/musk2.npz splits.folds=10 store=store/musk2"
+    )
+    render(tmp_path / "results", tmp_path / "page.md")
+    commands = (tmp_path / "page.md").read_text().partition("```bash\n")[2].splitlines()
+    assert [line.split()[2] for line in commands[:4]] == ["jobs.ingest"] * 3 + ["jobs.train"]
+    with initialize_config_module("conf", version_base="1.3"):
+        digits = read_table("bags_digits", config)
+        make_stores("bags_digits", config, digits.rows)  # by their own data.make
+    assert len(Store(tmp_path / "runs" / "short" / "stores" / "digits").sets) == 32
+
+
+def test_maps_of_elements_are_measured_once(tmp_path):
+    random = np.random.default_rng(0)
+    labels = {f"bag-{i}": ["no", "yes"][i % 2] for i in range(12)}
+    with StoreWriter(tmp_path / "store") as writer:
+        for i, (name, label) in enumerate(labels.items()):
+            found = (np.arange(6) < 3 * (i % 2)).astype(np.int64)
+            x = (random.normal(size=(6, 4)) + 3 * found[:, None]).astype(np.float32)
+            writer.add(Bag(name, x, label=label, instance_labels=found))
+        writer.finish(splits=make_splits(labels, folds=2))
+    given = [
+        "data=store",
+        f"data.path={tmp_path / 'store'}",
+        "model.width=8",
+        "plan.epochs=1",
+        "cluster=none",
+        "run.bar=false",
+    ]
+    with initialize_config_module("conf", version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", overrides=given), resolve=True)
+        evaluate = OmegaConf.to_container(compose("evaluate", overrides=["run=.", "resamples=10"]), resolve=True)
+    row = Row("UMBC", config, {}, "python -m jobs.train", evaluate)
+    table = Table("bags", "Bags", "", {"auroc": "AUROC", "elements/attention": "map"}, [], [row])
+    values = collect(table, tmp_path / "runs", tmp_path / "results")["rows"][0]["values"]
+    (path,) = (tmp_path / "runs").rglob("evaluate/*/metrics.json")
+    instances = json.loads(path.read_text())["instances"]
+    assert values["elements/attention"] == [instances["attention"]["value"]]
+    before = path.stat().st_mtime_ns
+    assert collect(table, tmp_path / "runs", tmp_path / "results")["rows"][0]["values"] == values
+    assert path.stat().st_mtime_ns == before
+
+
 def test_benchmarks_are_measured_and_a_missed_bar_stands_as_missed(tmp_path, monkeypatch):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
@@ -86,6 +147,12 @@ def test_benchmarks_are_measured_and_a_missed_bar_stands_as_missed(tmp_path, mon
     page = (tmp_path / "page.md").read_text()
     assert "| `made` | fast | 3.5 | 2 | holds |" in page
     assert "| `made` | small | 9 | 5 | **missed** |" in page
+    assert "![" not in page
+    drawn = f"import sys; at = sys.argv.index('--picture'); open(sys.argv[at + 1], 'w'); print({line!r})"
+    (tmp_path / "benchmarks" / "drawn.py").write_text(drawn)
+    measure(["made", "drawn"], tmp_path / "results")
+    render(tmp_path / "results", tmp_path / "page.md")
+    assert "![benchmark-drawn](results/benchmark-drawn.png)" in (tmp_path / "page.md").read_text()
     with pytest.raises(RuntimeError, match="benchmarks: dumb ended with code 1 and no figures"):
         measure(["dumb"], tmp_path / "results")
 
