@@ -5,7 +5,10 @@ r"""Projections of a cost that leave its solution alone: the regulariser of Iden
 
 All are idempotent, and the gradient that comes back through one is orthogonal to what it took away: through
 :math:`P_a` to :math:`a`, through :math:`P_{norm}` to :math:`w`. They are plain functions of tensors, usable alone. ``ndim``
-says how many of the last dimensions are one instance, ``mask`` which entries of it count: the others become 0.
+says how many of the last dimensions are one instance, ``mask`` which entries of it count: the others become 0. They can be
+differentiated once, by their closed form: with :math:`u = P(w)` in the plane and :math:`c` its scale,
+
+.. math:: P'(w)^\top g = P_a(c\,(g - \langle u, g\rangle u))
 
 A cost that is 0 after its mean has gone has no direction: its norm projection is 0, and so is its gradient.
 
@@ -16,15 +19,17 @@ Reference:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from distset.solvers.base import FunctionSolver, Solver
 
-__all__ = ["Plane", "Projection", "project_mean", "project_norm", "project_plane", "project_std", "projection_for"]
+__all__ = [
+    "Plane", "Projection", "Projector", "project_mean", "project_norm", "project_plane", "project_std", "projection_for",
+]  # fmt: skip
 
 
 class Plane(NamedTuple):
@@ -34,6 +39,7 @@ class Plane(NamedTuple):
 
 
 Projection = Literal["auto", "none", "mean", "norm", "std"] | Plane
+ONES = torch.ones((), dtype=torch.float64)
 
 
 def project_plane(cost: Tensor, normal: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
@@ -41,7 +47,7 @@ def project_plane(cost: Tensor, normal: Tensor, *, ndim: int = 1, mask: Tensor |
 
     Args:
         cost: ``(*, *instance)``.
-        normal: ``(*instance)``, or anything that broadcasts to it.
+        normal: ``(*instance)``, or anything that broadcasts to it; no gradient goes to it.
         ndim: dimensions of one instance.
         mask: bool ``(*instance)``; entries outside count as if they were not there, and become 0.
 
@@ -54,14 +60,7 @@ def project_plane(cost: Tensor, normal: Tensor, *, ndim: int = 1, mask: Tensor |
         >>> project_plane(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 0.0]))
         tensor([0., 1.])
     """
-    cost = _masked(cost, mask)
-    normal = torch.as_tensor(normal, dtype=cost.dtype, device=cost.device).broadcast_to(cost.shape[cost.ndim - ndim :])
-    normal = _masked(normal, mask)
-    square = normal.square().sum()
-    if square == 0:
-        raise ValueError("normal: got the zero vector (within the mask), wanted the normal of a hyperplane")
-    dims = _dims(ndim)
-    return cost - (cost * normal).sum(dims, keepdim=True) / square * normal
+    return Projector(normal, False, ndim, mask)(cost)
 
 
 def project_mean(cost: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
@@ -74,7 +73,7 @@ def project_mean(cost: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> 
         tensor([[-1.,  1.],
                 [ 0.,  0.]])
     """
-    return project_plane(cost, torch.ones((), dtype=cost.dtype, device=cost.device), ndim=ndim, mask=mask)
+    return Projector(ONES, False, ndim, mask)(cost)
 
 
 def project_norm(cost: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
@@ -86,24 +85,83 @@ def project_norm(cost: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> 
         >>> project_norm(torch.tensor([3.0, 4.0]))
         tensor([0.6000, 0.8000])
     """
-    return _unit(_masked(cost, mask), _dims(ndim), torch.finfo(cost.dtype).tiny)
+    return Projector(None, True, ndim, mask)(cost)
 
 
 def project_std(cost: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
     """``project_norm(project_mean(cost))``: the cost standardised; arguments as in `project_plane`."""
-    return project_plane_norm(cost, torch.ones((), dtype=cost.dtype, device=cost.device), ndim=ndim, mask=mask)
+    return Projector(ONES, True, ndim, mask)(cost)
 
 
-def project_plane_norm(cost: Tensor, normal: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
-    """``project_norm(project_plane(cost, normal))``; arguments as in `project_plane`."""
-    dims = _dims(ndim)
-    # What is left of a multiple of the normal is rounding: it must not be blown up to norm 1.
-    size = _masked(cost.detach(), mask).abs().amax(dims, keepdim=True)
-    rounding = (8 * torch.finfo(cost.dtype).eps * size).clamp_min(torch.finfo(cost.dtype).tiny)
-    return _unit(project_plane(cost, normal, ndim=ndim, mask=mask), dims, rounding)
+class Projector:
+    """A projection: what is left of a cost once its part along ``normal`` and, where ``unit``, its length are taken away.
+
+    Args:
+        normal: as in `project_plane`; None takes nothing away.
+        unit: what is left gets length 1, or 0 where it is nothing but rounding.
+        ndim, mask: as in `project_plane`.
+    """
+
+    def __init__(self, normal: Tensor | None, unit: bool, ndim: int, mask: Tensor | None = None) -> None:
+        self.normal = None if normal is None else normal.detach()
+        self.unit, self.mask, self.dims = unit, mask, tuple(range(-ndim, 0))
+        self.level = self.normal is not None and mask is None and self.normal.ndim == 0 and bool(self.normal != 0)
+
+    def __call__(self, cost: Tensor) -> Tensor:
+        """Of ``cost (*, *instance)``, in the same shape."""
+        if self.normal is None and not self.unit:
+            return self._masked(cost)
+        return _Project.apply(cost, self)
+
+    def forward(self, cost: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The projected cost, and what it was scaled by ``(*, 1...)``; None where lengths are left alone."""
+        cost = self._masked(cost)
+        flat = cost if self.normal is None else self._flatten(cost)
+        if not self.unit:
+            return flat, None
+        tiny, eps = torch.finfo(cost.dtype).tiny, torch.finfo(cost.dtype).eps
+        # What is left of a multiple of the normal is rounding: it must not be blown up to length 1.
+        rounding = tiny if self.normal is None else (8 * eps * self._largest(cost)).clamp_min_(tiny)
+        # Scaled by the largest entry first, so that the squares neither overflow nor vanish.
+        largest = self._largest(flat)
+        scale = torch.where(largest > rounding, 1 / largest, 0.0)
+        projected = flat * scale
+        shorter = torch.linalg.vector_norm(projected, dim=self.dims, keepdim=True).clamp_min_(1.0)  # 1 or more, or all are 0
+        return projected.div_(shorter), scale.div_(shorter)
+
+    def pull_back(self, g: Tensor, projected: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """The gradient at the cost, from ``g`` at what `forward` gave for it; linear in ``g`` and in ``scale``.
+
+        Few passes over the instance, and one tensor of its size: it is not differentiable itself.
+        """
+        if projected is None or scale is None:
+            out = self._masked(g)
+        else:
+            out = g * projected
+            along = out.sum(self.dims, keepdim=True)
+            out = self._masked(torch.addcmul(g, along, projected, value=-1, out=out).mul_(scale))
+        return out if self.normal is None else self._flatten(out)
+
+    def _flatten(self, cost: Tensor) -> Tensor:
+        """Without its part along the normal, ``cost - <a, cost> / |a|^2 a``."""
+        assert self.normal is not None, "there is a normal to take out"
+        if self.level:
+            return cost - cost.mean(self.dims, keepdim=True)
+        normal = self.normal.to(cost)
+        normal = self._masked(normal.broadcast_to(cost.shape[cost.ndim - len(self.dims) :]))
+        square = normal.square().sum()
+        if square == 0:
+            raise ValueError("normal: got the zero vector (within the mask), wanted the normal of a hyperplane")
+        return cost.addcmul((cost * normal).sum(self.dims, keepdim=True) / square, normal, value=-1)
+
+    def _largest(self, cost: Tensor) -> Tensor:
+        return cost.abs().amax(self.dims, keepdim=True)
+
+    def _masked(self, cost: Tensor) -> Tensor:
+        return cost if self.mask is None else torch.where(self.mask.to(cost.device), cost, 0.0)
 
 
-def projection_for(projection: Projection, solver: Solver, instance: tuple[int, ...]) -> Callable[[Tensor], Tensor]:
+def projection_for(projection: Projection, solver: Solver, instance: tuple[int, ...]) -> Projector:
     """What a strategy does to costs ``(B, *instance)`` before the solver sees them.
 
     Raises:
@@ -115,10 +173,7 @@ def projection_for(projection: Projection, solver: Solver, instance: tuple[int, 
     reason = _invalid(normal, unit, solver, instance, mask)
     if reason:
         raise ValueError(f"projection: got {projection!r} for {solver}, which it does not allow: {reason}")
-    if normal is None:
-        return (lambda cost: project_norm(cost, ndim=ndim, mask=mask)) if unit else (lambda cost: cost)
-    project = project_plane_norm if unit else project_plane
-    return lambda cost: project(cost, normal, ndim=ndim, mask=mask)
+    return Projector(normal, unit, ndim, mask)
 
 
 def check_projection(projection: Projection) -> Projection:
@@ -135,8 +190,7 @@ def _parts(projection: Projection, solver: Solver) -> tuple[Tensor | None, bool]
     if projection == "auto":  # all that the declaration allows
         plane = solver.hyperplane is not None and not solver.nonnegative
         return (torch.as_tensor(solver.hyperplane, dtype=torch.float64) if plane else None), solver.scale_free
-    ones = torch.ones((), dtype=torch.float64) if projection in ("mean", "std") else None
-    return ones, projection in ("norm", "std")
+    return (ONES if projection in ("mean", "std") else None), projection in ("norm", "std")
 
 
 def _invalid(
@@ -165,34 +219,15 @@ def _invalid(
     return None if parallel else "its hyperplane has another normal; choose projection='auto'"
 
 
-def _unit(cost: Tensor, dims: tuple[int, ...], rounding: Tensor | float) -> Tensor:
-    return _Unit.apply(cost, dims, rounding)
-
-
-class _Unit(torch.autograd.Function):
-    """``cost / |cost|``, 0 where no entry is above ``rounding``; the gradient in closed form, four passes over the cost."""
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cost: Tensor, projector: Projector) -> Tensor:
+        projected, scale = projector.forward(cost)
+        ctx.projector = projector
+        ctx.save_for_backward(*(() if scale is None else (projected, scale)))
+        return projected
 
     @staticmethod
-    def forward(ctx: Any, cost: Tensor, dims: tuple[int, ...], rounding: Tensor | float) -> Tensor:
-        # Scaled by the largest entry first, so that the squares neither overflow nor vanish.
-        largest = cost.abs().amax(dims, keepdim=True)
-        inverse = torch.where(largest > rounding, 1 / largest, 0.0)
-        unit = cost * inverse
-        inverse_norm = unit.square().sum(dims, keepdim=True).clamp_min_(1.0).rsqrt_()  # the largest entry is 1, or all are 0
-        unit *= inverse_norm
-        ctx.dims = dims
-        ctx.save_for_backward(unit, inverse * inverse_norm)
-        return unit
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        unit, inverse = ctx.saved_tensors
-        return (g - (g * unit).sum(ctx.dims, keepdim=True) * unit) * inverse, None, None
-
-
-def _masked(cost: Tensor, mask: Tensor | None) -> Tensor:
-    return cost if mask is None else torch.where(mask.to(cost.device), cost, 0.0)
-
-
-def _dims(ndim: int) -> tuple[int, ...]:
-    return tuple(range(-ndim, 0))
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return ctx.projector.pull_back(g, *ctx.saved_tensors), None

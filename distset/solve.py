@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distset.noise import Noise
-from distset.projections import Projection, check_projection, projection_for
+from distset.projections import Projection, Projector, check_projection, projection_for
 from distset.seeds import generator_for
 from distset.solvers.base import Solver, Status, TensorSolver, as_solver, check_costs, solve_checked, solve_tensor_checked
 
@@ -120,7 +120,7 @@ def solve_with_status(
     """`solve`, and how each search ended, for solvers with a time limit; arguments as in `solve`."""
     solver = as_solver(solver)
     batch, instance = _split(cost, solver)
-    work = cost.reshape(-1, *instance)
+    work = _in_shape(cost, (batch.numel(), *instance))
     work = work if work.dtype == torch.float64 else work.float()
     check_costs(solver, work.detach())
     if truth is not None and truth.shape != cost.shape:
@@ -135,7 +135,7 @@ def solve_with_status(
     value = (Identity() if grad is None else grad)(problem.masked(work), problem)
     dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
     status = problem.statuses[0] if problem.statuses else torch.zeros(len(work), dtype=torch.int8)
-    return Solution(value.to(dtype).reshape(cost.shape), status.reshape(batch))
+    return Solution(_in_shape(value.to(dtype), cost.shape), status.reshape(batch))
 
 
 class Problem(NamedTuple):
@@ -199,9 +199,8 @@ class Identity:
         self.margin = margin
 
     def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
-        prepared = _prepare(cost, problem, self.projection, self.margin)
-        solutions, skipped = problem.run(prepared)
-        return _PassThrough.apply(prepared, solutions, skipped, -problem.sign)
+        moved, project = _prepare(cost, problem, self.projection, self.margin)
+        return _NegativeIdentity.apply(moved, problem, project)
 
     def __repr__(self) -> str:
         return f"Identity(projection={self.projection!r}, margin={self.margin!r})"
@@ -225,7 +224,8 @@ class Blackbox:
         self.margin = margin
 
     def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
-        return _Interpolate.apply(_prepare(cost, problem, self.projection, self.margin), problem, self.lam)
+        moved, project = _prepare(cost, problem, self.projection, self.margin)
+        return _Interpolate.apply(project(moved), problem, self.lam)
 
     def __repr__(self) -> str:
         return f"Blackbox({self.lam}, projection={self.projection!r}, margin={self.margin!r})"
@@ -293,18 +293,24 @@ class Perturbed:
         return f"Perturbed({self.noise!r}, samples={self.samples})"
 
 
-class _PassThrough(torch.autograd.Function):
-    """Solutions up; the gradient straight down, times ``sign``."""
+class _NegativeIdentity(torch.autograd.Function):
+    """Solutions of the projected cost up; the gradient straight down, its sign turned, through the projection."""
 
     @staticmethod
-    def forward(ctx: Any, cost: Tensor, solutions: Tensor, skipped: Tensor | None, sign: float) -> Tensor:
-        ctx.skipped, ctx.sign = skipped, sign
+    def forward(ctx: Any, cost: Tensor, problem: Problem, project: Projector) -> Tensor:
+        projected, scale = project.forward(cost)
+        solutions, ctx.skipped = problem.run(projected)
+        ctx.project, ctx.sign = project, -problem.sign
+        if scale is not None:  # it carries the sign, which spares a pass over the gradient
+            ctx.save_for_backward(projected, ctx.sign * scale)
         return solutions
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        return _leave_out(ctx.sign * g, ctx.skipped), None, None, None
+        saved = ctx.saved_tensors
+        at_cost = ctx.project.pull_back(g, *saved) if saved else ctx.project.pull_back(ctx.sign * g)
+        return _leave_out(at_cost, ctx.skipped), None, None
 
 
 class _Interpolate(torch.autograd.Function):
@@ -349,12 +355,14 @@ class _MeanOfSamples(torch.autograd.Function):
         return ctx.sign * (weight * score).sum(0) / (len(centred) - 1), None, None, None
 
 
-def _prepare(cost: Tensor, problem: Problem, projection: Projection, margin: Noise | Informed | None) -> Tensor:
-    """The margin first, then the projection: a projection before the noise would not keep costs from collapsing."""
+def _prepare(
+    cost: Tensor, problem: Problem, projection: Projection, margin: Noise | Informed | None
+) -> tuple[Tensor, Projector]:
+    """The margin, and the projection that comes after it: before the noise it would not keep costs from collapsing."""
     project = projection_for(projection, problem.solver, tuple(cost.shape[1:]))
     if margin is not None and problem.training:
         cost = problem.move(cost, _margin(margin, cost, problem))
-    return project(cost)
+    return cost, project
 
 
 def _margin(margin: Noise | Informed, cost: Tensor, problem: Problem) -> Tensor:
@@ -381,6 +389,11 @@ def _split(cost: Tensor, solver: Solver) -> tuple[torch.Size, torch.Size]:
         wanted = "a batch dimension and then an instance" if solver.instance_ndim < 0 else f"at least {ndim} dimensions"
         raise ValueError(f"cost: got shape {tuple(cost.shape)} for {solver}, wanted {wanted}")
     return cost.shape[: cost.ndim - ndim], cost.shape[cost.ndim - ndim :]
+
+
+def _in_shape(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A view is a node of the graph: none where there is nothing to do."""
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 def _leave_out(gradient: Tensor, skipped: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ __all__ = ["ShortestPath"]
 class _Grid(NamedTuple):
     """The graph of a grid: a scipy sparse matrix whose weights are set anew for each instance, and where each leads to."""
 
-    graph: object  # csr_array (H W, H W)
+    graph: Any  # scipy's csr_array (H W, H W)
     into: np.ndarray  # the cell that each stored weight leads into
 
 
@@ -80,16 +80,11 @@ class ShortestPath(Solver):
         if costs.size and costs.min() < 0:
             raise ValueError(f"cost: got {costs.min():g}, wanted costs of at least 0")
         grid, (start, end) = self._grid(shape), self._ends(shape)
-        solutions = np.zeros((len(costs), shape[0] * shape[1]), costs.dtype)
-        for cost, solution in zip(costs.reshape(solutions.shape), solutions):
-            grid.graph.data[:] = cost[grid.into]  # type: ignore[attr-defined]
-            _, before = dijkstra(grid.graph, indices=start, return_predecessors=True)
-            cell = end
-            while cell != start:
-                solution[cell] = 1
-                cell = before[cell]
-            solution[start] = 1
-        return solutions.reshape(costs.shape)
+        before = np.empty((len(costs), shape[0] * shape[1]), np.int32)
+        for i, cost in enumerate(costs.reshape(before.shape).astype(np.float64)):
+            np.take(cost, grid.into, out=grid.graph.data, mode="clip")  # the default mode would copy twice
+            _, before[i] = dijkstra(grid.graph, indices=start, return_predecessors=True)
+        return _walk_back(before, start, end, costs.dtype).reshape(costs.shape)
 
     def feasible(self, solutions: np.ndarray) -> np.ndarray:
         """Necessary, not sufficient: 0 or 1, both ends on the path, and no other cell with fewer than two neighbours."""
@@ -97,15 +92,12 @@ class ShortestPath(Solver):
         on = solutions == 1
         start, end = self._ends(shape)
         flat = on.reshape(len(on), -1)
-        good = ((solutions == 0) | on).all((1, 2)) & flat[:, start] & flat[:, end]
+        good = (solutions == on).reshape(flat.shape).all(1) & flat[:, start] & flat[:, end]
         if self.walls is not None:
             good &= ~(on & self.walls).any((1, 2))
-        padded = np.pad(on.astype(np.int8), ((0, 0), (1, 1), (1, 1)))
-        shifts = [padded[:, 1 + i : 1 + i + shape[0], 1 + j : 1 + j + shape[1]] for i, j in _steps(self.neighbours)]
-        near = np.sum(shifts, axis=0)
-        wanted = np.full(shape[0] * shape[1], 2)
+        wanted = np.full(shape[0] * shape[1], 2, np.int8)
         wanted[[start, end]] = 0 if start == end else 1
-        return good & (~flat | (near.reshape(flat.shape) >= wanted)).all(1)
+        return good & (~flat | (_count_near(on, self.neighbours).reshape(flat.shape) >= wanted)).all(1)
 
     def _grid(self, shape: tuple[int, ...]) -> _Grid:
         walls = None if self.walls is None else self.walls.tobytes()
@@ -126,7 +118,7 @@ class ShortestPath(Solver):
         if walls.flat[start] or walls.flat[end]:
             raise ValueError(f"walls: got a wall on the start {self.start} or the end {self.end}, wanted both free")
         graph = self._grid(walls.shape).graph
-        graph.data[:] = 1.0  # type: ignore[attr-defined]
+        graph.data[:] = 1.0
         _, component = connected_components(graph, directed=False)
         if component[start] != component[end]:
             raise ValueError(f"walls: they cut the end {self.end} off from the start {self.start}; wanted a connected grid")
@@ -139,6 +131,31 @@ class ShortestPath(Solver):
 def _steps(neighbours: int) -> list[tuple[int, int]]:
     steps = [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1) if (i, j) != (0, 0)]
     return steps if neighbours == 8 else [(i, j) for i, j in steps if i == 0 or j == 0]
+
+
+def _walk_back(before: np.ndarray, start: int, end: int, dtype: np.dtype) -> np.ndarray:
+    """The cells from ``end`` to ``start`` as 0/1 ``(B, H W)``; ``before (B, H W)`` is the cell that each is reached from."""
+    solutions = np.zeros(before.shape, dtype)
+    rows, cells = np.arange(len(before)), np.full(len(before), end)
+    while len(rows):  # all paths together, a cell a round
+        solutions[rows, cells] = 1
+        open_ = cells != start
+        rows, cells = rows[open_], cells[open_]
+        cells = before[rows, cells]
+    return solutions
+
+
+def _count_near(on: np.ndarray, neighbours: int) -> np.ndarray:
+    """How many neighbours of each cell of ``on (B, H, W)`` are on."""
+    padded = np.zeros((len(on), on.shape[1] + 2, on.shape[2] + 2), np.int8)
+    padded[:, 1:-1, 1:-1] = on
+    # Shifts of the flat array: the frame of zeros keeps rows and grids apart.
+    line, flat, near = padded.shape[2], padded.ravel(), np.zeros_like(padded)
+    inner = near.reshape(-1)[line + 1 : -line - 1]
+    for i, j in _steps(neighbours):
+        first = (1 + i) * line + 1 + j
+        inner += flat[first : first + len(inner)]
+    return near[:, 1:-1, 1:-1]
 
 
 @lru_cache(maxsize=32)
@@ -156,4 +173,6 @@ def _grid(height: int, width: int, neighbours: int, walls: bytes | None) -> _Gri
     out, into = np.concatenate(pairs, 1)
     graph = csr_array((np.ones(len(out)), (out, into)), shape=(height * width, height * width))
     graph.sort_indices()
-    return _Grid(graph, graph.indices.copy())
+    into = graph.indices.copy()
+    graph.indices, graph.indptr = graph.indices.astype(np.int32), graph.indptr.astype(np.int32)  # what dijkstra wants
+    return _Grid(graph, into)

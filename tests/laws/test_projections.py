@@ -132,3 +132,10 @@ def test_a_plane_given_by_the_caller_declares_a_bare_function():
 def test_zero_normal():
     with pytest.raises(ValueError, match=r"^normal: got the zero vector"):
         project_plane(torch.ones(3), torch.zeros(3))
+
+
+def test_a_second_derivative_is_refused():
+    w = costs().requires_grad_()
+    (grad,) = torch.autograd.grad(project_std(w, ndim=2).square().sum(), w, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

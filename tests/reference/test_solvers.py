@@ -158,6 +158,28 @@ def test_paths_by_hand():
     assert not ShortestPath(8).feasible(np.zeros((1, 3, 3))).any()
 
 
+@pytest.mark.parametrize("neighbours", [4, 8])
+def test_what_a_path_may_look_like(neighbours):
+    """Cells with too few neighbours, counted one by one, for masks in a batch that is mostly no path."""
+    masks = (rng().uniform(size=(300, 4, 5)) < 0.7).astype(float)
+    masks[:, 0, 0] = masks[:250, -1, -1] = 1
+    masks[0, 1, 1] = 0.5
+
+    def near(mask, cell):
+        steps = [(i, j) for i, j in itertools.product((-1, 0, 1), repeat=2) if neighbours == 8 or abs(i) + abs(j) == 1]
+        around = [(cell[0] + i, cell[1] + j) for i, j in steps if (i, j) != (0, 0)]
+        return sum(mask[r, c] == 1 for r, c in around if 0 <= r < 4 and 0 <= c < 5)
+
+    def good(mask):
+        ends = ((0, 0), (3, 4))
+        inside = all(near(mask, tuple(cell)) >= (1 if tuple(cell) in ends else 2) for cell in np.argwhere(mask == 1))
+        return inside and all(mask[end] == 1 for end in ends) and np.isin(mask, (0, 1)).all()
+
+    wanted = [good(mask) for mask in masks]
+    assert 20 < sum(wanted) < 280
+    assert ShortestPath(neighbours).feasible(masks).tolist() == wanted
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
