@@ -45,10 +45,18 @@ class Progress:
 
 @job("ingest")
 def main(config: dict[str, Any]) -> None:
+    store = stored(config)
+    if config["verify"]:
+        print(f"{sum(1 for _ in store.verify())} sets are whole")
+    print(summary(store))
+
+
+def stored(config: dict[str, Any]) -> Store:
+    """The finished store of a resolved configuration: made, gone on with, or found."""
     progress = Progress(config["bar"])
     labels = config["labels"]
     try:
-        store = run(
+        return run(
             build(config["source"], "source"),
             config,
             labels=build(labels, "labels") if labels["path"] is not None else None,
@@ -62,9 +70,6 @@ def main(config: dict[str, Any]) -> None:
         )
     finally:
         progress.close()
-    if config["verify"]:
-        print(f"{sum(1 for _ in store.verify())} sets are whole")
-    print(summary(store))
 
 
 def run(source: Any, config: dict[str, Any], **how: Any) -> Store:
