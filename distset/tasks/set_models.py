@@ -24,6 +24,7 @@ __all__ = [
     "LinearFeatures",
     "PerChunk",
     "SetModel",
+    "Waves",
     "in_blocks",
     "partition_variance",
     "random_bounds",
