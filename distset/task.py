@@ -1,6 +1,6 @@
 """What is trained, and on what: the protocol of a task, and its examples.
 
-`distset.train.fit` knows nothing else of either; `distset.train` has these names too.
+`distset.train.fit` knows nothing else of either; `distset.train` has the names that every task needs, too.
 """
 
 from __future__ import annotations
