@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distset.gains import gains_at
 from distset.metrics import jaccard
 from distset.set_functions import SetFunction
 
@@ -76,8 +77,9 @@ def by_greedy(
     chosen = torch.zeros_like(offered)
     wanted = None if size is None else torch.as_tensor(size, device=elements.device).expand(shape[:-1])
     with torch.no_grad():
+        gains_of = gains_at(utility, elements, mask)
         for count in range(shape[-1]):
-            gains = utility.gains(elements, chosen.unsqueeze(-2), mask).squeeze(-2)
+            gains = gains_of(chosen.unsqueeze(-2)).squeeze(-2)
             best = gains.masked_fill(chosen | ~offered, -torch.inf).max(-1)
             grow = best.values > (0.0 if wanted is None else -torch.inf)
             if wanted is not None:

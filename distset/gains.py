@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from distset.set_functions import SetFunction, SumUtility
 
-__all__ = ["Drawn", "Enumerated", "Gains", "GainsEstimator", "Smoothed", "soft_subset", "started"]
+__all__ = ["Drawn", "Enumerated", "Gains", "GainsEstimator", "Smoothed", "gains_at", "soft_subset", "started"]
 
 
 class Gains(NamedTuple):
@@ -149,7 +149,7 @@ class Drawn:
         places: Tensor | None = None,
     ) -> Estimator:
         uniform = _numbers(torch.rand, utility, elements, self.samples, generator)
-        at = _gains_at(utility, elements, mask, places)
+        at = gains_at(utility, elements, mask, places)
 
         def gains(logits: Tensor) -> Gains:
             inside = uniform < torch.sigmoid(logits.detach()).unsqueeze(-2)
@@ -260,8 +260,8 @@ class _SecondDifferences(torch.autograd.Function):
         return torch.stack(parts, -1), None, None, None, None
 
 
-def _gains_at(
-    utility: SetFunction, elements: Tensor, mask: Tensor | None, places: Tensor | None
+def gains_at(
+    utility: SetFunction, elements: Tensor, mask: Tensor | None, places: Tensor | None = None
 ) -> Callable[[Tensor], Tensor]:
     """Hard subsets -> gains, with the elements' codes computed once."""
     if not isinstance(utility, SumUtility):
