@@ -83,7 +83,7 @@ class SumOfGamma(Noise):
     its error in mean is about ``scale / (2 terms)``, the same for all structures of ``k`` ones: it does not change who wins.
 
     Args:
-        k: ones in a structure.
+        k: ones in a structure; a tensor that broadcasts to what is drawn has them for each row.
         scale: the temperature tau of the perturbed distribution.
         terms: terms of the series; 10 as published.
 
@@ -91,8 +91,8 @@ class SumOfGamma(Noise):
         ValueError: for ``k`` or ``terms`` below 1, a scale that is not positive.
     """
 
-    def __init__(self, k: int, scale: float = 1.0, terms: int = 10) -> None:
-        for name, value in (("k", k), ("terms", terms)):
+    def __init__(self, k: int | Tensor, scale: float = 1.0, terms: int = 10) -> None:
+        for name, value in (("k", int(k.min()) if isinstance(k, Tensor) else k), ("terms", terms)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, wanted a whole number of at least 1")
         self.k, self.scale, self.terms = k, _positive("scale", scale), terms
@@ -104,11 +104,12 @@ class SumOfGamma(Noise):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        concentration = torch.full(tuple(shape), 1 / self.k, dtype=_at_least_float32(dtype), device=device)
+        k = torch.as_tensor(self.k, dtype=_at_least_float32(dtype), device=device)
+        concentration = (1 / k).expand(tuple(shape)).contiguous()
         total = torch.zeros_like(concentration)
         for i in range(1, self.terms + 1):
-            total += torch._standard_gamma(concentration, generator=generator) * (self.k / i)
-        return total.sub_(math.log(self.terms)).mul_(self.scale / self.k).to(dtype)
+            total += torch._standard_gamma(concentration, generator=generator) * (k / i)
+        return total.sub_(math.log(self.terms)).mul_(self.scale / k).to(dtype)
 
 
 class TwoPoint(Noise):

@@ -54,8 +54,7 @@ class PerturbAndMap(Estimator):
         free, included, left = settle(logits.reshape(-1, subset.n), subset.k.reshape(-1).double())
         generator = None if seed is None else generator_for(seed, "perturb")
         flat = logits.flatten()
-        # Nothing at first, so that logits have a gradient (of 0) where everything is settled.
-        places, chosen = [flat.new_empty(0, dtype=torch.long)], [flat[:0].expand(num_samples, 0)]
+        places, chosen = [flat.new_empty(0, dtype=torch.long)], [flat.new_empty(num_samples, 0)]
         for k, place in _kinds(free, left):
             noise = SumOfGamma(k) if self.noise is None else self.noise
             drawn = noise.sample((num_samples, *place.shape), generator, logits.dtype).to(logits.device)

@@ -39,7 +39,7 @@ class GumbelSoftmax(Estimator):
         hard: f sees zeros and ones, the gradient is that of the relaxed sample.
 
     Raises:
-        ValueError: for a temperature that is not positive; at use, for a k that differs between rows.
+        ValueError: for a temperature that is not positive.
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, True
@@ -48,11 +48,13 @@ class GumbelSoftmax(Estimator):
         self.tau, self.hard = _positive("tau", tau), hard
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        k = one_k(subset)
+        k = row_k(subset)
         keys = perturbed(plain_logits(subset), (num_samples,), _generator(subset, seed))
         z = relaxed_top_k(keys, k, self.tau)
         if self.hard:
             z = top_k(keys.detach(), k) + (z - z.detach())
+        # Where there is nothing to choose the relaxation would still have a slope.
+        z = torch.where(subset.free.any(-1, keepdim=True), z, subset.settled_in.to(z.dtype))
         return f.differentiable(z).mean(0)
 
     def __repr__(self) -> str:
@@ -66,15 +68,12 @@ class GumbelScore(Estimator):
 
     The baseline is the mean of all samples, so that the gradient comes out (S - 1)/S of its size; the samples are not those
     of the distribution whose score is taken. `ScoreFunction(LeaveOneOut())` is the same without either.
-
-    Raises:
-        ValueError: at use, for a k that differs between rows.
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, False
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        z = top_k(perturbed(plain_logits(subset).detach(), (num_samples,), _generator(subset, seed)), one_k(subset))
+        z = top_k(perturbed(plain_logits(subset).detach(), (num_samples,), _generator(subset, seed)), row_k(subset))
         values = f(z)
         if not (torch.is_grad_enabled() and subset.logits.requires_grad):
             return values.mean(0)
@@ -104,12 +103,16 @@ class Simple(Estimator):
 
 
 class StraightThrough(Estimator):
-    """Exact samples, and the gradient of f taken for that of the logits, as if ``dz / dlogits`` were the identity."""
+    """Exact samples, and the gradient of f taken for that of the logits, as if ``dz / dlogits`` were the identity.
+
+    It is 0 for elements whose fate is settled: by infinite logits, by a k of 0 or of all.
+    """
 
     exact_samples, unbiased, needs_differentiable_f = True, False, True
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        z = _Through.apply(subset.sample((num_samples,), seed=seed), subset.logits)
+        logits = plain_logits(subset).masked_fill(~subset.free, 0.0)
+        z = _Through.apply(subset.sample((num_samples,), seed=seed), logits)
         return f.differentiable(z).mean(0)
 
     def __repr__(self) -> str:
@@ -219,9 +222,6 @@ class IMLE(Estimator):
     Args:
         target: `FixedTarget(strength)` (default) or `AdaptiveTarget()`.
         noise: `SumOfGamma(k)` unless given, as published.
-
-    Raises:
-        ValueError: at use, for a k that differs between rows.
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, True
@@ -231,8 +231,9 @@ class IMLE(Estimator):
         self.noise = noise
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
-        logits, k = plain_logits(subset), one_k(subset)
-        noise = SumOfGamma(max(k, 1)) if self.noise is None else self.noise
+        logits, k = plain_logits(subset), row_k(subset)
+        ones = max(k, 1) if isinstance(k, int) else k.clamp_min(1).unsqueeze(-1)
+        noise = SumOfGamma(ones) if self.noise is None else self.noise
         shape = (num_samples, *logits.shape)
         drawn = noise.sample(shape, _generator(subset, seed), logits.dtype, logits.device)
         return f.differentiable(_ToTarget.apply(logits, drawn, k, self.target)).mean(0)
@@ -246,7 +247,7 @@ class IMLE(Estimator):
 
 class _ToTarget(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, noise: Tensor, k: int, target: FixedTarget | AdaptiveTarget) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, noise: Tensor, k: int | Tensor, target: FixedTarget | AdaptiveTarget) -> Tensor:
         keys = logits + noise
         z = top_k(keys, k)
         ctx.save_for_backward(keys, logits, z)
@@ -295,13 +296,10 @@ def plain_logits(subset: KSubset) -> Tensor:
     return subset.logits.to(subset.mode.dtype).expand(*subset.batch_shape, subset.n)
 
 
-def one_k(subset: KSubset) -> int:
+def row_k(subset: KSubset) -> int | Tensor:
+    """One k where all rows have the same, else the k of each ``(*)``."""
     ks = subset.k.unique()
-    if len(ks) > 1:
-        raise ValueError(
-            f"k: differs between rows ({ks.tolist()[:5]}), wanted one k; this estimator takes the top k of noise"
-        )
-    return int(ks)
+    return int(ks) if len(ks) == 1 else subset.k
 
 
 def _generator(subset: KSubset, seed: int | None) -> torch.Generator | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import Independent
 
-from distset.expect.estimator import Estimator, Function, check_samples
+from distset.expect.estimator import Estimator, Function, attach_gradient, check_samples
 from distset.expect.score import ScoreFunction
 from distset.subsets import KSubset
 
@@ -63,4 +64,7 @@ def expect(
     if not isinstance(base, KSubset):
         raise ValueError(f"subset: got {type(base).__name__}, wanted a KSubset(logits, k), or Independent of one")
     check_samples(num_samples, 1, "a mean needs a sample")
-    return (ScoreFunction() if grad is None else grad)(Function(f, joint), base, num_samples, seed)
+    mean = (ScoreFunction() if grad is None else grad)(Function(f, joint), base, num_samples, seed)
+    if not (torch.is_grad_enabled() and base.logits.requires_grad) or bool(base.free.any()):
+        return mean
+    return attach_gradient(mean, base.logits, torch.zeros_like(base.logits))  # nothing to choose: a gradient of 0, not none

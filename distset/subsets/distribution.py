@@ -226,6 +226,16 @@ class KSubset(Distribution):
 
     # Rows: the batch is flattened; elements whose fate is settled (infinite logits, k = 0, k = n) are set aside.
 
+    @property
+    def free(self) -> Tensor:
+        """Which elements there is a choice about, bool ``(*, n)``: infinite logits, a k of 0 or of all leave none."""
+        return self._free.view(*self._batch_shape, self.n)
+
+    @property
+    def settled_in(self) -> Tensor:
+        """Which elements are in every subset, bool ``(*, n)``."""
+        return self._included.view(*self._batch_shape, self.n)
+
     # What carries a graph is made anew at each use, so that one distribution may be differentiated many times.
 
     @property

@@ -198,9 +198,39 @@ def test_what_is_forced_in_or_out_takes_no_part(estimator: Estimator) -> None:
     assert (z[:, fate == inf] == 1).all()
     assert (z[:, fate == -inf] == 0).all()
     assert (z[:, 3, 3:] == 0).all()
-    if not isinstance(estimator, StraightThrough):  # it takes dz / dlogits for the identity, come what may
-        assert gradient[3].abs().max() < 1e-12
+    assert gradient[3].abs().max() < 1e-12
     assert all((gradient[row] != 0).any() for row in range(3))
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, PerturbAndMap()], ids=repr)
+def test_each_row_has_a_k_of_its_own(estimator: Estimator) -> None:
+    """From nothing, which has no gradient, to everything, which has none either."""
+    if "Past" in repr(estimator):
+        estimator = ScoreFunction(Past(6))
+    leaf, k, seen = randn(6, 6).requires_grad_(), torch.tensor([0, 1, 2, 3, 5, 6]), []
+
+    def f(z: Tensor) -> Tensor:
+        seen.append(z.detach())
+        return quadratic(z)
+
+    mean = expect(f, KSubset(leaf, k), 16, grad=estimator, seed=0)
+    (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+    assert (gradient[[0, 5]].abs() < 1e-12).all()
+    assert (gradient[1:5] != 0).any(-1).all()
+    if not isinstance(estimator, NCPSS):  # about k
+        torch.testing.assert_close(seen[0].sum(-1), k.double().expand(16, 6))
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, PerturbAndMap()], ids=repr)
+@pytest.mark.parametrize("k", [0, 6])
+def test_nothing_to_choose(estimator: Estimator, k: int) -> None:
+    if "Past" in repr(estimator):
+        estimator = ScoreFunction(Past(6))
+    leaf = randn(2, 6).requires_grad_()
+    mean = expect(quadratic, KSubset(leaf, k), 4, grad=estimator, seed=0)
+    torch.testing.assert_close(mean.detach(), quadratic(torch.full((2, 6), k / 6).double()))
+    (gradient,) = torch.autograd.grad(mean.sum(), leaf)
+    assert (gradient.abs() < 1e-12).all()
 
 
 def test_what_is_learned_is_saved_with_a_model() -> None:
@@ -403,10 +433,6 @@ def test_bad_settings() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    rows = KSubset(randn(2, 6).requires_grad_(), torch.tensor([1, 2]))
-    for estimator in (GumbelSoftmax(), IMLE()):
-        with pytest.raises(ValueError, match="k: differs between rows"):
-            expect(quadratic, rows, 2, grad=estimator)
     with pytest.raises(ValueError, match="subset: got Tensor"):
         expect(quadratic, randn(4), 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="row"):

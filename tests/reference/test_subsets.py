@@ -418,6 +418,10 @@ def test_relaxed_top_k_adds_up_and_tends_to_the_top() -> None:
     close(forced[0, 2:], relaxed_top_k(keys[0, 2:], 1, 0.5))
     close(forced[1, :3], relaxed_top_k(keys[1, :3], 3, 0.5))
     assert (forced[1, 3:] == 0).all()
+    ks = torch.tensor([3, 2, 0, 12])
+    close(relaxed_top_k(keys, ks, 0.5), torch.stack([relaxed_top_k(row, int(k), 0.5) for row, k in zip(keys, ks)]))
+    with pytest.raises(ValueError, match=r"keys: got 2 of \+inf .* at most k = 1"):
+        relaxed_top_k(keys, torch.tensor([1, 2, 0, 0]), 0.5)
     for k, tau, message in ((13, 1.0, "k: got 13"), (5, 0.0, "tau: got 0")):
         with pytest.raises(ValueError, match=message):
             relaxed_top_k(keys, k, tau)
