@@ -2,7 +2,7 @@
 
 A point is described by the distances to the others of its cloud, which turning and moving the cloud leaves as they are; a
 small set network turns them (and the point's own features, where it has any) into a descriptor, and a linear assignment
-matches the descriptors. Outliers of the larger cloud stay unmatched.
+matches the descriptors. Outliers of the larger cloud stay unmatched. `distset.tasks.graph_matching` matches pairs as well.
 
 References:
     Rolínek et al. 2020, "Deep Graph Matching via Blackbox Differentiation of Combinatorial Solvers",
@@ -36,12 +36,17 @@ class Descriptors(nn.Module):
         self.head = nn.Sequential(nn.Linear(width + features, width), nn.ReLU(), nn.Linear(width, dim))
 
     def forward(self, points: Tensor) -> Tensor:
-        places, features = points[..., :2], points[..., 2:]
-        distance = (places.unsqueeze(-2) - places.unsqueeze(-3)).square().sum(-1).clamp_min(1e-12).sqrt()
-        centres = torch.linspace(0, 2, 16, device=points.device, dtype=points.dtype)
-        bumps = torch.exp(-(((distance.unsqueeze(-1) - centres) / 0.15) ** 2))
         others = 1 - torch.eye(points.shape[-2], device=points.device, dtype=points.dtype)
-        return self.head(torch.cat([(self.near(bumps) * others.unsqueeze(-1)).mean(-2), features], -1))
+        near = (self.near(bumps(points)) * others.unsqueeze(-1)).mean(-2)
+        return self.head(torch.cat([near, points[..., 2:]], -1))
+
+
+def bumps(points: Tensor) -> Tensor:
+    """How far apart points ``(*, N, 2 + F)`` are, as 16 smooth indicators of distances from 0 to 2, ``(*, N, N, 16)``."""
+    places = points[..., :2]
+    distance = (places.unsqueeze(-2) - places.unsqueeze(-3)).square().sum(-1).clamp_min(1e-12).sqrt()
+    centres = torch.linspace(0, 2, 16, device=points.device, dtype=points.dtype)
+    return torch.exp(-(((distance.unsqueeze(-1) - centres) / 0.15) ** 2))
 
 
 class MatchingTask:
@@ -57,9 +62,11 @@ class MatchingTask:
         at_once: pairs matched together.
     """
 
+    cost_ndim = 2
+
     def __init__(self, model: nn.Module, n: int, grad: Strategy, *, at_once: int = 32) -> None:
         self.model, self.n, self.grad, self.at_once, self.solver = model, n, grad, at_once, Assignment()
-        self.alarm = model.alarm = CollapseAlarm(ndim=2)  # within the model: checkpoints keep its state
+        self.alarm = model.alarm = CollapseAlarm(ndim=self.cost_ndim)  # within the model: checkpoints keep its state
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """Wrong matches of a pair, on average over a batch of them."""
@@ -81,6 +88,7 @@ class MatchingTask:
     def metrics(self, outputs: Sequence[Tensor], targets: Sequence[Any]) -> dict[str, float]:
         """The share of points matched rightly, the wrong matches a pair, and the alarm's figures."""
         (found, costs), truth = torch.cat(list(outputs), 1), torch.cat(list(targets))
+        found = self._of_points(found, truth.shape[-1])
         return {
             "accuracy": ((found * truth).sum((1, 2)) / truth.sum((1, 2))).mean().item(),
             "loss": ((found - truth).abs().sum((1, 2)) / 2).mean().item(),
@@ -93,15 +101,24 @@ class MatchingTask:
 
         example = parts.test[0]
         with torch.no_grad():
-            found = self.predict(example.set)[0]
-        points = _points(example.set)[:6, :, :2]
+            found = self._of_points(self.predict(example.set)[0], example.target.shape[-1])
+        points = points_of(example.set)[:6, :, :2]
         plot_matches(points[:, : self.n], points[:, self.n :], example.target[:6], found[:6].cpu(), folder / "matches.png")
+
+    def _of_points(self, found: Tensor, m: int) -> Tensor:
+        """The matches ``(B, n, m)`` of points within what was found."""
+        return found
 
     def _costs(self, set: ChunkedSet) -> Tensor:
         """Squared distances ``(B, n, m)`` of descriptors."""
-        points = _points(set).to(next(self.model.parameters()).device)
+        points = points_of(set).to(next(self.model.parameters()).device)
         first, second = self.model(points[:, : self.n]), self.model(points[:, self.n :])
-        return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
+        return squared_distances(first, second)
+
+
+def squared_distances(first: Tensor, second: Tensor) -> Tensor:
+    """Of descriptors ``(B, n, D)`` and ``(B, m, D)``, ``(B, n, m)``."""
+    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 def matching_task(
@@ -111,6 +128,7 @@ def matching_task(
     return MatchingTask(Descriptors(features, dim, width), n, grad or Identity())
 
 
-def _points(set: ChunkedSet) -> Tensor:
+def points_of(set: ChunkedSet) -> Tensor:
+    """Both clouds of each pair, ``(B, n + m, 2 + F)``."""
     points = set.whole().elements
     return points if set.batch_shape else points.unsqueeze(0)

@@ -118,6 +118,7 @@ STRATEGIES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 TASKS = {
     "terrain": ["data.examples.maps=[8,4,4]", "data.examples.size=6"],
     "keypoints": ["data.examples.pairs=[8,4,4]", "data.examples.n=4"],
+    "graph_matching": ["data.examples.pairs=[8,4,4]", "data.examples.n=3", "data.examples.outliers=1"],
 }
 
 

@@ -11,6 +11,7 @@ from distset.sets import InMemory
 from distset.solve import Blackbox, Identity
 from distset.solvers import ShortestPath, Tour
 from distset.tasks.globe_tsp import GlobeTask, chords, globe_task, hamming, perfect, squared
+from distset.tasks.graph_matching import graph_matching_task, matcher, with_pairs
 from distset.tasks.keypoints import matching_task
 from distset.tasks.retrieval import retrieval_task
 from distset.tasks.terrain import cost_ratio, path_loss, terrain_task
@@ -213,6 +214,37 @@ def test_keypoints_are_learned_and_the_description_does_not_see_turning():
     points = parts.test[0].set.elements[:, :6]
     turned = points @ torch.tensor([[0.0, -1.0], [1.0, 0.0]]).T
     torch.testing.assert_close(task.model(points), task.model(turned), atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_of_points_are_matched_where_points_alone_say_nothing():
+    """Point costs of 0: the true match has every pair on its like, counted pair by pair."""
+    _, match = keypoints.draw_clouds(20, 5, 1, 0.0, seed=0)
+    parts = keypoints.clouds((4, 4, 20), n=5, outliers=1, noise=0.0)
+    task = made(graph_matching_task, **parts.facts)
+    with torch.no_grad():
+        for parameter in task.model.points.parameters():
+            parameter.zero_()
+        found, costs = task.predict(parts.test[0].set)
+    solver = matcher(5, 6)
+    assert (solver.unpack(costs)[0] == 0).all()
+    assert ((solver.unpack(found)[0] * parts.test[0].target).sum((1, 2)) / 5).mean() > 0.9
+    node, edge = solver.unpack(with_pairs(solver, match))
+    assert torch.equal(node, match)
+    onto = match.argmax(2)
+    for row in range(20):
+        for e, (a, b) in enumerate(solver.first):
+            (f,) = np.flatnonzero((solver.second == [int(onto[row, a]), int(onto[row, b])]).all(1))
+            assert edge[row, e].argmax() == f
+            assert edge[row, e].sum() == 1
+
+
+def test_graph_matching_is_learned():
+    parts = keypoints.clouds((200, 10, 150), n=5, outliers=2, noise=0.15)
+    task = made(graph_matching_task, **parts.facts)
+    before = task.metrics(*predict_all(task, parts.test))
+    found = learned(task, parts, epochs=3, batch=25, lr=3e-3)
+    assert found["accuracy"] > before["accuracy"] + 0.05
+    assert found["collapsed"] == 0
 
 
 def test_keypoint_files(tmp_path):
