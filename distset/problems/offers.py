@@ -19,6 +19,7 @@ from distset.choose import by_size, overlap
 from distset.data.affinities import affinity_offers, read_affinities, read_davis
 from distset.data.celeba import celeba_offers
 from distset.data.idx_images import read_idx_folder
+from distset.data.published_offers import published_gaussian_offers, published_moons_offers
 from distset.data.registry import read_features, read_registries, registry_offers
 from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, gaussian_ratio, moons_offers, moons_ratio
 from distset.offers import Offers
@@ -26,7 +27,10 @@ from distset.seeds import generator_for, seed_for
 from distset.sets import InMemory
 from distset.train import Example, Parts
 
-__all__ = ["cells", "compounds", "examples", "faces", "gaussian", "images", "moons", "registry"]
+__all__ = [
+    "cells", "compounds", "examples", "faces", "gaussian", "images", "moons", "published_gaussian", "published_moons",
+    "registry",
+]  # fmt: skip
 
 GROUP = 100
 """Validation and test offers solved at once."""
@@ -43,6 +47,18 @@ def gaussian(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0)
 def moons(sets: int = 1000, size: int = 100, chosen: int = 10, seed: int = 0) -> Parts:
     """`moons_offers`, ``sets`` of each part."""
     made = [moons_offers(sets, size=size, chosen=chosen, seed=seed_for(seed, part)) for part in range(3)]
+    return _with_truth(_parts(made, {"dim": 2}), moons_ratio, made[-1])
+
+
+def published_gaussian(sets: int = 1000) -> Parts:
+    """The offers that the published figures are of, see `distset.data.published_offers`."""
+    made = published_gaussian_offers(sets)
+    return _with_truth(_parts(made, {"dim": 2}), gaussian_ratio, made[-1])
+
+
+def published_moons(sets: int = 1000) -> Parts:
+    """The offers that the published figures are of, see `distset.data.published_offers`."""
+    made = published_moons_offers(sets)
     return _with_truth(_parts(made, {"dim": 2}), moons_ratio, made[-1])
 
 

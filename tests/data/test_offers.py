@@ -2,13 +2,16 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from sklearn.datasets import make_moons
 
 from distset.choose import by_size, overlap
+from distset.data.published_offers import published_gaussian_offers, published_moons_offers
 from distset.data.registry import convert_features, cooccurrence, factors, read_features, read_registries, registry_offers
-from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, moons_offers
-from distset.offers import check_offer
+from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, gaussian_ratio, moons_offers, moons_ratio
+from distset.offers import Offers, check_offer
 
 
 def jaccard_of(scores, offers):
@@ -41,6 +44,39 @@ def test_moons_offers_lie_on_the_published_half_circles():
     majority, minority = torch.where(flip, lower, upper), torch.where(flip, upper, lower)
     for own in (majority[~offers.chosen], minority[offers.chosen]):  # the radius is off by the noise alone
         assert abs(float(own.mean()) - 0.1 * (2 / torch.pi) ** 0.5) < 0.005
+
+
+@pytest.mark.parametrize("name", ["gaussian", "moons"])
+def test_published_offers_are_drawn_as_the_authors_loader_draws(name):
+    """Offer by offer by the loader's own steps, with numpy's global stream; and the ceiling on the test part."""
+    published = {"gaussian": published_gaussian_offers, "moons": published_moons_offers}[name]
+    ratio = {"gaussian": gaussian_ratio, "moons": moons_ratio}[name]
+    parts = published()
+    state = np.random.get_state()
+    np.random.seed(1)
+    try:
+        for number in range(1001 if name == "moons" else 3):
+            if name == "gaussian":
+                rows = [(np.random.randn(2) * 0.5, np.random.randint(2)) for _ in range(400)]
+                kinds = np.array([kind for _, kind in rows])
+                points = np.array([point + (1 - 2 * kind) / np.sqrt(2) for point, kind in rows])
+            else:
+                points, kinds = make_moons(n_samples=200, noise=0.1, random_state=number)
+                points = points * 2 + np.array([-1, -0.2])
+            label = np.random.randint(2)
+            offer = points[kinds == 1 - label][:100]
+            places = np.random.choice(list(range(100)), 10, replace=False)
+            offer[places] = points[kinds == label][:10]
+            found = parts[number // 1000]
+            np.testing.assert_allclose(found.elements[number % 1000], offer, rtol=1e-5, atol=1e-6)
+            assert sorted(places) == found.chosen[number % 1000].nonzero().flatten().tolist()
+    finally:
+        np.random.set_state(state)
+    test = Offers(parts[2].elements[:300], parts[2].chosen[:300]) if name == "moons" else parts[2]
+    ceiling = jaccard_of(torch.cat([ratio(x) for x in test.elements.split(100)]).float(), test)
+    assert ceiling == pytest.approx({"gaussian": 0.9102, "moons": 0.9998}[name], abs=3e-4)
+    with pytest.raises(ValueError, match="sets: got 1001, wanted 1 to 1000"):
+        published(1001)
 
 
 def test_seeds_make_the_offers():
