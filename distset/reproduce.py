@@ -262,7 +262,7 @@ def verdict(values: Sequence[float], published: float, lower: bool) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     if short <= 0:
         return "reached"
-    return "within spread" if short <= spread else f"missed by {short:.2g}"
+    return "within spread" if short <= spread else f"missed by {float(f'{short:.2g}'):g}"
 
 
 def _spread(values: Sequence[float]) -> str:
