@@ -95,7 +95,10 @@ def plot_lines(
     axes = new_axes(figure, (1, 1, 1))
     for place, curve in enumerate(curves):
         color, values = COLORS[place % len(COLORS)], np.asarray(curve.y, np.float64)
-        axes.plot(curve.x, values, color=color, label=curve.name, lw=1.7, marker="o" if len(values) < 25 else None, ms=4)
+        axes.plot(
+            curve.x, values, color=color, label=curve.name, lw=1.7, ms=4, marker="o" if len(values) < 25 else None,
+            ls=("-", "--")[place % 2], zorder=3 + len(curves) - place,  # lines that coincide are all seen
+        )  # fmt: skip
         if curve.spread is not None:
             spread = np.asarray(curve.spread)
             axes.fill_between(curve.x, values - spread, values + spread, color=color, alpha=0.15, lw=0)
