@@ -93,7 +93,8 @@ def test_an_actor_killed_midway_changes_nothing(cluster, tmp_path: Path, monkeyp
     remote.close()
     calls = {path.name for path in tmp_path.iterdir()}
     assert "died" in calls
-    assert len(calls - {"died"}) == 11 + 1
+    again = len(calls - {"died"}) - 11
+    assert again in (1, 2)  # the lost one, and one whose answer was on its way from the same actor
     assert max(in_flight) == 4
 
 
