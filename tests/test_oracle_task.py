@@ -7,7 +7,7 @@ from distset import InMemory
 from distset.choose import by_greedy, by_size, by_threshold
 from distset.data.synthetic_offers import gaussian_offers
 from distset.fixed_point import Implicit, Stop
-from distset.gains import Smoothed
+from distset.gains import Enumerated, Smoothed
 from distset.mean_field import Constant, Nuclear, oracle_loss
 from distset.offers import Offers
 from distset.optim import Optimisation
@@ -105,7 +105,24 @@ def test_what_rules_say_is_what_choices_are():
     assert task.rules["threshold/recall"] == by_threshold(logits).rule
     greedy = by_greedy(task.model.utility, torch.randn(4, 9, 2), 2).rule
     assert task.rules["greedy/precision"].startswith(greedy)
-    assert set(task.metrics([logits], [chosen])) | set(task.measure(examples(gaussian_offers(2)))) == {*task.rules, "loss"}
+    implicit = idiffmf_task(2, stop=Stop(10))
+    offers = examples(gaussian_offers(2))
+    assert set(task.metrics([logits], [chosen])) | set(implicit.measure(offers)) == {*task.rules, "loss"}
+    assert set(task.measure(offers)) < set(task.rules), "no fixed point is looked for"
+
+
+def test_whether_the_map_contracts_is_measured():
+    """F counts pairs: the step is sigma(t sum of the others' psi), and its Jacobian t (1 - I) between slopes of sigma."""
+    n, t = 6, 0.2
+    pairs = UserUtility(lambda x, s: t * (s.sum(-1).square() - s.square().sum(-1)) / 2)
+    task = OracleTask(OracleModel(pairs), Solve(Enumerated(), Constant(1.0), Implicit()))
+    task.model.register_parameter("anywhere", torch.nn.Parameter(torch.zeros((), dtype=torch.float64)))
+    offer = Example(InMemory(torch.zeros(n, 2)), torch.arange(n) < 2)
+    found = task.measure([offer] * 3)
+    at_half = torch.tensor(t * (n - 1) / 2).sigmoid()
+    assert float(at_half * (1 - at_half)) * t * (n - 1) - 1e-6 < found["fixed_point/lipschitz"] < t * (n - 1) / 4
+    assert found["fixed_point/converged"] == 1.0
+    assert 1 < found["fixed_point/iterations"] < 50
 
 
 def test_greedy_ascent_is_measured_over_the_first_hundred_offers():

@@ -22,7 +22,7 @@ from distset.choose import by_greedy, by_size, by_threshold, overlap
 from distset.fixed_point import FixedPointWarning, Implicit, Iteration, OneStep, Solution, Stop, Unrolled
 from distset.gains import Drawn, GainsEstimator, Smoothed, real_dtype
 from distset.large_offers import offer_logits, offer_loss, solve_offer
-from distset.mean_field import L2, Constant, Scale, field_step, mean_field, oracle_loss
+from distset.mean_field import L2, Constant, Scale, check_contraction, field_step, mean_field, oracle_loss
 from distset.offers import check_offer, check_positions
 from distset.seeds import generator_for, seed_for
 from distset.set_functions import (
@@ -47,6 +47,14 @@ RULES = {
 }
 GREEDY = 100
 """Offers whose F is climbed: an ascent costs about |S*| mean-field steps."""
+
+FIXED_POINT = {
+    "fixed_point/lipschitz": "largest stretch of psi -> sigma(gains) found in the first test offers; below 1 it contracts",
+    "fixed_point/converged": "share of these offers whose iteration converged",
+    "fixed_point/iterations": "steps it took, on average",
+}
+STRETCHED = 16
+"""Offers whose Lipschitz constant is estimated, some 250 mean-field steps each."""
 
 
 class Solve(NamedTuple):
@@ -81,7 +89,7 @@ class OracleTask:
     at_once = 8  # offers of a step that are solved together
     rules: ClassVar = {
         prefix + key: rule for prefix, rule in RULES.items() for key in ("jaccard", "precision", "recall", "f1")
-    }
+    } | FIXED_POINT
 
     def __init__(self, model: OracleModel, solve: Solve, *, negatives: int | None = None, samples: int = 5) -> None:
         if negatives is not None and negatives < 1:
@@ -143,19 +151,13 @@ class OracleTask:
         return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
 
     def measure(self, examples: Sequence[Example]) -> dict[str, float]:
-        """What psi cannot say: ``greedy/*``, how well F itself is climbed, over the first hundred offers (in one chunk)."""
-        rows: dict[str, list[Tensor]] = {}
-        for example in examples:
-            if example.set.num_chunks > 1:
-                continue
-            elements, mask = self._elements(example.set)
-            chosen = self._chosen(example, elements)
-            found = by_greedy(self.model.utility, elements, chosen.sum(-1), mask).chosen
-            for key, values in overlap(found, chosen).items():
-                rows.setdefault("greedy/" + key, []).append(values.reshape(-1))
-            if sum(map(len, rows["greedy/jaccard"])) >= GREEDY:
-                break
-        return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
+        """What psi cannot say, of the first offers that lie in one chunk.
+
+        ``greedy/*``: how well F itself is climbed. ``fixed_point/*``, where the gradient is implicit: whether the map
+        contracts (Assumption 4.1; warned of where it does not), and whether and how soon the iteration converged.
+        """
+        whole = [example for example in examples if example.set.num_chunks == 1]
+        return {**self._climbed(whole), **self._settled(whole)}
 
     def draw(self, folder: Path, parts: Parts) -> None:
         """The residual by iteration over the first test offers; chosen and found, where elements are points or images."""
@@ -179,6 +181,45 @@ class OracleTask:
         elif elements.min() >= 0 and elements.max() <= 1 and channels * side**2 == elements.shape[-1] >= 64:
             images = elements[:6].unflatten(-1, (channels, side, side))
             plot_chosen_images(images, truth[:6], found[:6], folder / "chosen.png")
+
+    def _climbed(self, examples: Sequence[Example]) -> dict[str, float]:
+        rows: dict[str, list[Tensor]] = {}
+        for example in examples:
+            elements, mask = self._elements(example.set)
+            chosen = self._chosen(example, elements)
+            found = by_greedy(self.model.utility, elements, chosen.sum(-1), mask).chosen
+            for key, values in overlap(found, chosen).items():
+                rows.setdefault("greedy/" + key, []).append(values.reshape(-1))
+            if sum(map(len, rows["greedy/jaccard"])) >= GREEDY:
+                break
+        return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
+
+    def _settled(self, examples: Sequence[Example]) -> dict[str, float]:
+        how = self.solve
+        if not isinstance(how.grad, Implicit):
+            return {}
+        rows: list[Tensor] = []
+        for example in examples:
+            elements, mask = self._elements(example.set)
+            if example.set.batch_shape:
+                elements, mask = elements[:STRETCHED], None if mask is None else mask[:STRETCHED]
+            constant = check_contraction(
+                self.model.utility,
+                elements,
+                gains=how.gains,
+                scale=how.scale,
+                mask=mask,
+                generator=generator_for(0, "draws"),
+            )
+            with torch.no_grad():
+                solution = self._field(elements, mask, 0, how)
+            rows.append(torch.stack([constant, solution.converged, solution.iterations]).reshape(3, -1))
+            if sum(row.shape[1] for row in rows) >= STRETCHED:
+                break
+        if not rows:
+            return {}
+        constant, converged, iterations = torch.cat(rows, 1).double()
+        return dict(zip(FIXED_POINT, (float(constant.max()), float(converged.mean()), float(iterations.mean()))))
 
     def _cross_entropy(self, elements: Tensor, mask: Tensor | None, chosen: Tensor, seed: int) -> Tensor:
         """`oracle_loss` of the elements that count; where a few steps are unrolled, the last one is taken at those alone."""
