@@ -16,8 +16,8 @@ install: .venv/.installed
 train: install  ## the main job on its embedded default; pass overrides as ARGS="..."
 	$(PY) -m jobs.train $(ARGS)
 
-test: install  ## the default tier
-	$(PY) -m pytest $(ARGS)
+test: install  ## the default tier, the tests with a Ray beside the others; one process: ARGS="-n 0"
+	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-slow: install  ## the long tier: kill schedules, real data, every configuration to the end
 	$(PY) -m pytest -m slow --timeout=3000 $(ARGS)

@@ -6,6 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # the groups are read right after
+def pytest_collection_modifyitems(items):
+    """Tests that start a Ray are one worker's where tests run side by side, and begin first."""
+    for item in items:
+        if item.get_closest_marker("ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+
 
 @pytest.fixture(autouse=True)
 def _quiet_default_seed():

@@ -77,7 +77,7 @@ def gradient(cost, solver, strategy, g, **options):
         ("auto", project_std),
         (Plane(torch.ones(5)), project_mean),
     ],
-    ids=str,
+    ids=["none", "mean", "norm", "std", "auto", "plane"],
 )
 def test_identity_is_minus_the_gradient_behind_the_projection(sense, projection, formula):
     solver, w, g = Polytope(subsets(), sense, hyperplane=1.0), randn(6, 5), randn(6, 5, seed=1)
