@@ -112,11 +112,12 @@ def solve_offer(
     Example:
         >>> import torch
         >>> from distset import InMemory
+        >>> from distset.fixed_point import Anderson
         >>> from distset.large_offers import offer_loss, solve_offer
         >>> from distset.set_functions import published_utility
         >>> utility = published_utility(2, hidden=32)
         >>> offer = InMemory(torch.randn(3000, 2), chunk_size=500)
-        >>> field = solve_offer(utility, offer)
+        >>> field = solve_offer(utility, offer, iteration=Anderson())
         >>> bool(field.solution.converged), field.sums.shape
         (True, torch.Size([5, 256]))
         >>> offer_loss(utility, offer, field, chosen=torch.tensor([3, 1200, 2999])).backward()

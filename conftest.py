@@ -1,4 +1,4 @@
-"""Shared fixtures: the folder of real data, and one thread a test so that figures repeat."""
+"""Shared by tests and examples in docstrings: the folder of real data, and one thread and a seed so that figures repeat."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ def _quiet_default_seed():
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Real data: ``DISTSET_DATA``, or ``../shared/data`` beside the checkout."""
-    folder = Path(os.environ.get("DISTSET_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    folder = Path(os.environ.get("DISTSET_DATA", Path(__file__).parents[1] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}: set DISTSET_DATA to the folder")
     return folder
