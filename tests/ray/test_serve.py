@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +9,7 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from serving import kill_replica, push, serving
 from small_run import WIDTH, small_run
 
 from distset import InMemory
@@ -29,42 +27,8 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(trained, tmp_path_factory):
-    from ray import serve
-
-    from distset.cluster.serve import serve_sets
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("states")
-    yield serve_sets(str(trained), str(folder), cpus=0.5, port=port, idle_seconds=3600)
-    serve.shutdown()
-
-
-def push(server: str, name: str, number: int, chunk: torch.Tensor) -> None:
-    """Until it is acknowledged, as a client would."""
-    end = time.monotonic() + 120
-    while True:
-        try:
-            answer = requests.post(f"{server}/sets/{name}/chunks/{number}", data=write_chunk(chunk), timeout=20)
-        except requests.RequestException:
-            answer = None
-        if answer is not None and answer.status_code == 200:
-            return
-        assert answer is None or answer.status_code >= 500, answer.text
-        assert time.monotonic() < end, "never acknowledged"
-        time.sleep(0.2)
-
-
-def replica_pids() -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_text().startswith("ray::ServeReplica:distset:SetServer"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
+    with serving(trained, tmp_path_factory.mktemp("states"), idle_seconds=3600) as address:
+        yield address
 
 
 def run_to_the_end(server: str, trained: Path, elements: int, chunk: int, name: str) -> None:
@@ -79,8 +43,7 @@ def run_to_the_end(server: str, trained: Path, elements: int, chunk: int, name: 
         while len(done) < len(order) // 3:
             assert not any(job.done() and job.exception() for job in jobs)
             time.sleep(0.01)
-        (pid,) = replica_pids()
-        os.kill(pid, signal.SIGKILL)
+        kill_replica()
         for job in jobs:
             job.result()
     answer = requests.get(f"{server}/sets/{name}", timeout=60).json()

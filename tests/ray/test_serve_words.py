@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
 import torch
+from serving import kill_replica, push, serving
 from small_run import small_documents
 
 from distset import InMemory
@@ -29,40 +26,8 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(trained, tmp_path_factory):
-    from ray import serve
-
-    from distset.cluster.serve import serve_sets
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    yield serve_sets(str(trained), str(tmp_path_factory.mktemp("states")), cpus=0.5, port=port)
-    serve.shutdown()
-
-
-def push(server: str, number: int, words: torch.Tensor) -> None:
-    """Until it is acknowledged, as a client would."""
-    end = time.monotonic() + 120
-    while True:
-        try:
-            answer = requests.post(f"{server}/sets/text/chunks/{number}", data=write_chunk(words), timeout=20)
-            if answer.status_code == 200:
-                return
-            assert answer.status_code >= 500, answer.text
-        except requests.RequestException:
-            pass
-        assert time.monotonic() < end, "never acknowledged"
-        time.sleep(0.2)
-
-
-def replica_pid() -> int:
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_text().startswith("ray::ServeReplica:distset:SetServer"):
-                return int(path.parent.name)
-        except OSError:
-            continue
-    raise AssertionError("no replica runs")
+    with serving(trained, tmp_path_factory.mktemp("states")) as address:
+        yield address
 
 
 def test_a_document_in_pieces_is_answered_as_a_whole(server, trained):
@@ -70,9 +35,9 @@ def test_a_document_in_pieces_is_answered_as_a_whole(server, trained):
     chunks = words.split(10)
     order = [*range(39, -1, -2), *range(0, 40, 2), 3, 8]
     with ThreadPoolExecutor(4) as clients:
-        list(clients.map(lambda number: push(server, number, chunks[number]), order[:15]))
-        os.kill(replica_pid(), signal.SIGKILL)
-        list(clients.map(lambda number: push(server, number, chunks[number]), order[15:]))
+        list(clients.map(lambda number: push(server, "text", number, chunks[number]), order[:15]))
+        kill_replica()
+        list(clients.map(lambda number: push(server, "text", number, chunks[number]), order[15:]))
     answer = requests.get(f"{server}/sets/text", timeout=60).json()
     offline = load_problem(RunFolder(trained)).predict(InMemory(words, 10)).softmax(-1)
     assert (answer["chunks"], answer["elements"]) == (40, 400)
