@@ -201,7 +201,7 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
         "values": gathered,
         "steps": [min(steps), max(steps)],
         "cpu_seconds": statistics.fmean(seconds) if seconds else None,
-        "baselines": {rule: statistics.fmean(own[rule] for own in baselines) for rule in baselines[0]},
+        "baselines": {rule: [own[rule] for own in baselines] for rule in baselines[0]},
     }
 
 
@@ -240,7 +240,7 @@ def _simple_rules(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What simple rules reach on the test examples: of each row, or once where all have the same examples."""
     found = {row["name"]: row["baselines"] for row in rows if row.get("baselines")}
     shown = {
-        name: ", ".join(f"{rule.replace('_', ' ')} {value:.3f}" for rule, value in baselines.items())
+        name: ", ".join(f"{rule.replace('_', ' ')} {_spread(values)}" for rule, values in baselines.items())
         for name, baselines in found.items()
     }
     if len(set(shown.values())) > 1:
