@@ -15,7 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -237,15 +239,20 @@ def _section(table: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 
 def _simple_rules(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What simple rules reach on the test examples: of each row, or once where all have the same examples."""
-    found = {row["name"]: row["baselines"] for row in rows if row.get("baselines")}
-    shown = {
-        name: ", ".join(f"{rule.replace('_', ' ')} {_spread(values)}" for rule, values in baselines.items())
-        for name, baselines in found.items()
-    }
-    if len(set(shown.values())) > 1:
-        return ["", "Simple rules on the same test examples:", "", *(f"- {name}: {text}" for name, text in shown.items())]
-    return [line for text in set(shown.values()) for line in ("", f"Simple rules on the same test examples: {text}.")]
+    """What simple rules reach on the test examples: what most rows have once, then the rows that have something else."""
+    shown = {row["name"]: ", ".join(starmap(_rule, row["baselines"].items())) for row in rows if row.get("baselines")}
+    if not shown:
+        return []
+    most, times = Counter(shown.values()).most_common(1)[0]
+    common = times > 1 or len(shown) == 1
+    others = [f"- {name}: {text}" for name, text in shown.items() if not (common and text == most)]
+    head = f"Simple rules on the same test examples: {most if common else ''}".rstrip()
+    return ["", f"{head}{', but' if others and common else '.' * common}", *([""] if others else []), *others]
+
+
+def _rule(name: str, values: Sequence[float]) -> str:
+    """Without a spread where all runs have the same test examples."""
+    return f"{name.replace('_', ' ')} {_spread(values[:1] if len(set(values)) == 1 else values)}"
 
 
 def verdict(values: Sequence[float], published: float, lower: bool) -> str:

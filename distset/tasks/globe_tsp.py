@@ -153,10 +153,11 @@ def globe_task(
     loss: str = "squared",
     gradient_noise: float = 0.0,
     solver: Solver | None = None,
+    at_once: int = 50,
 ) -> GlobeTask:
     """A task for flags of ``size`` (height, width); ``grad`` is `Identity()` if None."""
     model = GlobeTour(FlagLocator(*size), grad or Identity(), solver)
-    return GlobeTask(model, loss=loss, gradient_noise=gradient_noise)
+    return GlobeTask(model, loss=loss, gradient_noise=gradient_noise, at_once=at_once)
 
 
 def chords(points: Tensor) -> Tensor:
