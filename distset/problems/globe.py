@@ -39,17 +39,22 @@ class Globe(NamedTuple):
         tell apart, the first one is taken.
 
         Raises:
-            ValueError: for a file without these arrays, or with fewer flags.
+            ValueError: for a file without these arrays, arrays of other shapes, places that are not finite, fewer than 3
+                ``countries`` or more than there are flags.
         """
         with np.load(path) as file:
             missing = {"flags", "lonlat"} - set(file.files)
             if missing:
                 raise ValueError(f"path: {path} has no array {sorted(missing)}, wanted flags (N, H, W, 3) and lonlat (N, 2)")
             flags, lonlat = torch.from_numpy(file["flags"]), torch.from_numpy(file["lonlat"]).double()
+        _check_arrays(path, flags, lonlat)
         own = _first_of_each(flags)
         flags, lonlat = flags[own], lonlat[own]
-        if countries is not None and countries > len(flags):
-            raise ValueError(f"countries: got {countries}, wanted at most {len(flags)}, the different flags in {path}")
+        if countries is not None and not 3 <= countries <= len(flags):
+            raise ValueError(
+                f"countries: got {countries}, wanted at least 3 and at most {len(flags)}, the different flags in {path}; "
+                "None takes them all"
+            )
         picked = torch.randperm(len(flags), generator=generator_for(seed, "countries"))[:countries]
         longitude, latitude = lonlat[picked].deg2rad().T
         points = [latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()]
@@ -58,7 +63,16 @@ class Globe(NamedTuple):
         )
 
     def combinations(self, count: int, k: int, seed: int) -> Tensor:
-        """``count`` draws of ``k`` different countries, ``(count, k)``."""
+        """``count`` draws of ``k`` different countries, ``(count, k)``.
+
+        Raises:
+            ValueError: for fewer than 3 cities a tour, or more than there are countries.
+        """
+        if not isinstance(k, int) or not 3 <= k <= len(self.flags):
+            raise ValueError(
+                f"k: got {k}, wanted a whole number of at least 3 and at most {len(self.flags)}, the number of countries; "
+                "make the tours shorter or take more countries"
+            )
         keys = torch.rand(count, len(self.flags), generator=generator_for(seed, "combinations", k))
         return keys.argsort(-1)[:, :k]
 
@@ -90,12 +104,17 @@ def globe(
 
     Args:
         path: of the file.
-        k: countries of a tour.
+        k: countries of a tour, at least 3.
         combinations: to train, validate and test on; other combinations of the same countries.
         countries: drawn from the file; None for all.
         corrupted: the share of training tours that are those of another order of the cities (the robustness study).
         seed: of everything.
+
+    Raises:
+        ValueError: as in `Globe.read`; for ``k`` out of range, ``corrupted`` that is no share.
     """
+    if not 0 <= corrupted <= 1:
+        raise ValueError(f"corrupted: got {corrupted}, wanted a share of the training tours, from 0 to 1")
     world = Globe.read(path, countries, seed)
     parts = []
     for part, count in enumerate(combinations):
@@ -106,6 +125,17 @@ def globe(
         parts.append(Combinations(world, drawn, tours, group=1 if part == 0 else 100))
     train, val, test = parts
     return Parts(train, val, test, {"size": tuple(world.flags.shape[2:])})
+
+
+def _check_arrays(path: str | Path, flags: Tensor, lonlat: Tensor) -> None:
+    if flags.ndim != 4 or flags.shape[-1] != 3 or lonlat.shape != (len(flags), 2):
+        shapes = f"{tuple(flags.shape)} and lonlat of shape {tuple(lonlat.shape)}"
+        raise ValueError(f"path: {path} has flags of shape {shapes}, wanted (N, H, W, 3) and (N, 2), a place for each flag")
+    if flags.dtype != torch.uint8:
+        raise ValueError(f"path: {path} has flags of {flags.dtype}, wanted torch.uint8, from 0 to 255")
+    if not lonlat.isfinite().all():
+        bad = int((~lonlat.isfinite()).any(1).nonzero()[0])
+        raise ValueError(f"path: {path} has lonlat {lonlat[bad].tolist()} in row {bad}, wanted degrees; leave that flag out")
 
 
 def _first_of_each(flags: Tensor) -> Tensor:

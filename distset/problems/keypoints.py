@@ -49,25 +49,45 @@ def keypoints(path: str, *, shares: tuple[float, float] = (0.6, 0.2), seed: int 
     Coordinates are scaled to [-1, 1] within each cloud; the features, if any, are taken as they are.
 
     Raises:
-        ValueError: for missing arrays, shapes that do not fit, matches out of range.
+        ValueError: for missing arrays, shapes that do not fit, points that are not finite, matches out of range, several
+            points matched to one.
     """
     with np.load(path, allow_pickle=False) as file:
         if missing := {"first", "second", "match"} - set(file.files):
             raise ValueError(f"path: {path} has no array {sorted(missing)}, wanted first, second, match")
         first, second, match = (torch.from_numpy(file[name]) for name in ("first", "second", "match"))
-    if first.dim() != 3 or second.dim() != 3 or match.shape != first.shape[:2] or first.shape[1] > second.shape[1]:
-        shapes = ", ".join(str(tuple(array.shape)) for array in (first, second, match))
-        raise ValueError(f"path: {path} has shapes {shapes}, wanted (P, n, 2 + F), (P, m, 2 + F) with m >= n, and (P, n)")
-    if not bool(((match >= 0) & (match < second.shape[1])).all()):
-        raise ValueError(
-            f"path: {path} matches points from {match.min()} to {match.max()}, wanted 0 to {second.shape[1] - 1}"
-        )
+    _check_arrays(path, first, second, match)
     points = torch.cat([_scaled(first.float()), _scaled(second.float())], 1)
     wanted = torch.nn.functional.one_hot(match.long(), second.shape[1]).float()
     order = torch.randperm(len(points), generator=generator_for(seed, "keypoints"))
     cuts = [int(shares[0] * len(order)), int(sum(shares) * len(order))]
     made = [(points[own], wanted[own]) for own in order.tensor_split(cuts)]
     return _parts(made, {"n": first.shape[1], "features": first.shape[2] - 2})
+
+
+def _check_arrays(path: str, first: Tensor, second: Tensor, match: Tensor) -> None:
+    shapes = [tuple(array.shape) for array in (first, second, match)]
+    fit = len(shapes[0]) == len(shapes[1]) == 3 and shapes[0][::2] == shapes[1][::2] and match.shape == first.shape[:2]
+    if not fit or first.shape[1] > second.shape[1] or first.shape[2] < 2:
+        raise ValueError(
+            f"path: {path} has shapes {', '.join(map(str, shapes))}, wanted (P, n, 2 + F), (P, m, 2 + F) with m >= n, as "
+            "many pairs and as wide, and (P, n)"
+        )
+    for name, points in (("first", first), ("second", second)):
+        if not points.isfinite().all():
+            bad = int((~points.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"path: {path} has points of {name} in pair {bad} that are NaN or infinite; leave that pair out"
+            )
+    if not bool(((match >= 0) & (match < second.shape[1]) & (match == match.long())).all()):
+        raise ValueError(
+            f"path: {path} matches points from {match.min()} to {match.max()}, wanted 0 to {second.shape[1] - 1}, whole "
+            "numbers"
+        )
+    twice = (match.sort(1).values.diff(dim=1) == 0).any(1)
+    if twice.any():
+        bad = int(twice.nonzero()[0])
+        raise ValueError(f"path: {path} matches {match[bad].tolist()} in pair {bad}, wanted each point of the second once")
 
 
 def _scaled(points: Tensor) -> Tensor:

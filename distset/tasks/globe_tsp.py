@@ -161,9 +161,10 @@ def globe_task(
 
 
 def chords(points: Tensor) -> Tensor:
-    """Distances ``(*, k, k)`` between points ``(*, k, 3)``, straight through the ball; differentiable at 0."""
+    """Distances ``(*, k, k)`` between points ``(*, k, 3)``, straight through the ball; differentiable at 0. NaN stays."""
     square = (points.unsqueeze(-2) - points.unsqueeze(-3)).square().sum(-1)
-    return torch.where(square > 0, square, 1.0).sqrt() * (square > 0)
+    same = square == 0
+    return torch.where(same, 1.0, square).sqrt().masked_fill(same, 0.0)
 
 
 def hamming(found: Tensor, truth: Tensor) -> Tensor:

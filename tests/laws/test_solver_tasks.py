@@ -73,6 +73,15 @@ def test_chords_and_tours(made_globe):
     assert (twin.grad == 0).all()
 
 
+def test_chords_of_a_point_that_is_not_finite_are_not_finite_either():
+    points = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    points[0, 1] = torch.nan
+    lost = chords(points).isnan()
+    assert lost[0, 1].all()
+    assert lost[0, :, 1].all()
+    assert lost.sum() == 7
+
+
 def test_the_network_sees_each_flag_once_and_gets_a_gradient(made_globe):
     task = globe_task(size=(20, 40))
     seen = []
@@ -125,14 +134,44 @@ def test_reading_flags(tmp_path):
     torch.testing.assert_close(world.points.norm(dim=1), torch.ones(4))
     wanted = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [-1, 0, 0]])
     assert (torch.cdist(world.points, wanted).amin(1) < 1e-6).all()
-    with pytest.raises(ValueError, match="countries: got 5, wanted at most 4"):
-        globe.Globe.read(tmp_path / "flags.npz", countries=5)
+    for countries in (5, 2, -1):
+        with pytest.raises(ValueError, match=f"countries: got {countries}, wanted at least 3 and at most 4"):
+            globe.Globe.read(tmp_path / "flags.npz", countries=countries)
     twice = np.concatenate([flags, flags[:1] ^ 1])  # another country with the flag of the first
     np.savez(tmp_path / "twice.npz", flags=twice, lonlat=np.arange(10, dtype=np.float32).reshape(5, 2))
     assert sorted(globe.Globe.read(tmp_path / "twice.npz", countries=4).lonlat[:, 0].tolist()) == [0, 2, 4, 6]
     np.savez(tmp_path / "other.npz", flags=flags)
     with pytest.raises(ValueError, match=r"has no array .*lonlat"):
         globe.Globe.read(tmp_path / "other.npz")
+
+
+@pytest.mark.parametrize("k", [2, 7, 3.5])
+def test_a_tour_is_of_three_countries_at_least_and_of_all_at_most(made_globe, k):
+    with pytest.raises(ValueError, match=rf"k: got {k}, wanted a whole number of at least 3 and at most 6"):
+        globe.Globe(*(part[:6] for part in made_globe)).combinations(4, k, seed=0)
+
+
+@pytest.mark.parametrize("corrupted", [-0.1, 1.1, float("nan")])
+def test_a_share_is_between_0_and_1(corrupted):
+    with pytest.raises(ValueError, match=f"corrupted: got {corrupted}, wanted a share"):
+        globe.globe("unread", corrupted=corrupted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lonlat": np.zeros((3, 2))}, r"flags of shape \(4, 5, 6, 3\) and lonlat of shape \(3, 2\), wanted"),
+        ({"lonlat": np.zeros((4, 3))}, r"lonlat of shape \(4, 3\), wanted"),
+        ({"flags": np.zeros((4, 5, 6), np.uint8)}, r"flags of shape \(4, 5, 6\)"),
+        ({"flags": np.zeros((4, 5, 6, 3))}, "flags of torch.float64, wanted torch.uint8"),
+        ({"lonlat": np.array([[0, 0], [1, 1], [2, np.nan], [3, 3]])}, r"lonlat \[2.0, nan\] in row 2, wanted degrees"),
+    ],
+)
+def test_a_file_of_flags_that_do_not_fit_is_named(tmp_path, change, message):
+    path = tmp_path / "flags.npz"
+    np.savez(path, **({"flags": np.zeros((4, 5, 6, 3), np.uint8), "lonlat": np.zeros((4, 2))} | change))
+    with pytest.raises(ValueError, match=rf"^path: {path} has .*{message}"):
+        globe.Globe.read(path)
 
 
 def test_maps_are_a_pure_function_of_the_seed_and_their_paths_are_the_best():
@@ -256,6 +295,28 @@ def test_keypoint_files(tmp_path):
     np.savez(tmp_path / "bad.npz", first=first, second=second, match=np.full((10, 4), 7))
     with pytest.raises(ValueError, match="matches points from 7 to 7, wanted 0 to 4"):
         keypoints.keypoints(str(tmp_path / "bad.npz"))
+
+
+PAIRS = {"first": np.zeros((6, 3, 2)), "second": np.zeros((6, 4, 2)), "match": np.tile(np.arange(3), (6, 1))}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"second": np.zeros((6, 4, 5))}, r"has shapes \(6, 3, 2\), \(6, 4, 5\), \(6, 3\), wanted .* as wide"),
+        ({"second": np.zeros((5, 4, 2))}, r"has shapes \(6, 3, 2\), \(5, 4, 2\), \(6, 3\), wanted"),
+        ({"first": np.zeros((6, 3, 1)), "second": np.zeros((6, 4, 1))}, r"has shapes \(6, 3, 1\)"),
+        ({"match": np.full((6, 3), 0.5)}, "matches points from 0.5 to 0.5, wanted 0 to 3, whole numbers"),
+        ({"match": np.tile([0, 1, 1], (6, 1))}, r"matches \[0, 1, 1\] in pair 0, wanted each point of the second once"),
+        ({"first": np.full((6, 3, 2), np.nan)}, "has points of first in pair 0 that are NaN or infinite"),
+        ({"second": np.full((6, 4, 2), np.inf)}, "has points of second in pair 0 that are NaN or infinite"),
+    ],
+)
+def test_a_file_of_keypoints_that_do_not_fit_is_named(tmp_path, change, message):
+    path = tmp_path / "pairs.npz"
+    np.savez(path, **(PAIRS | change))
+    with pytest.raises(ValueError, match=rf"^path: {path} {message}"):
+        keypoints.keypoints(str(path))
 
 
 @pytest.mark.slow
