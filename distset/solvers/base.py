@@ -45,17 +45,31 @@ class Status(IntEnum):
     NOTHING = 2  # the time limit came first, with nothing feasible in hand
 
 
-class TimeLimit(NamedTuple):
+class _Limit(NamedTuple):
+    seconds: float
+    then: Literal["fail", "best", "skip"]
+
+
+class TimeLimit(_Limit):
     """Seconds an instance may take, and what happens when it takes longer.
 
     Attributes:
         seconds: of wall clock, an instance.
         then: ``"fail"`` raises `TimeoutError`; ``"best"`` goes on with the best structure found, and raises only where
             there is none; ``"skip"`` leaves the instance out: its solution is 0 and so is its gradient.
+
+    Raises:
+        ValueError: for seconds that are not above 0, another policy.
     """
 
-    seconds: float
-    then: Literal["fail", "best", "skip"] = "fail"
+    __slots__ = ()
+
+    def __new__(cls, seconds: float, then: Literal["fail", "best", "skip"] = "fail") -> TimeLimit:
+        if not 0 < seconds < float("inf"):
+            raise ValueError(f"seconds: got {seconds}, wanted a time above 0 for an instance, or no limit at all (None)")
+        if then not in ("fail", "best", "skip"):
+            raise ValueError(f"then: got {then!r}, wanted 'fail', 'best' or 'skip'")
+        return super().__new__(cls, seconds, then)
 
 
 class Solved(NamedTuple):
@@ -168,7 +182,7 @@ class FunctionSolver(Solver):
         self.instance_ndim = -1 if instance_ndim is None else instance_ndim
 
     def solve(self, costs: np.ndarray) -> np.ndarray:
-        return self.fn(costs)
+        return self.fn(costs.copy())  # it may write on them
 
     def mask_for(self, instance: tuple[int, ...]) -> np.ndarray | None:
         return self.mask
@@ -204,6 +218,8 @@ def solve_checked(solver: Solver, costs: np.ndarray) -> Solved:
     check_costs(solver, torch.from_numpy(costs))
     if len(costs) == 0:
         return Solved(np.zeros_like(costs), np.zeros(0, np.int8))
+    costs = costs.view()
+    costs.setflags(write=False)  # they may be a parameter's own memory
     solutions, status = solver.solve_status(costs)
     _check_returned(solver, solutions, costs)
     status = apply_limit(solver, status)

@@ -202,6 +202,8 @@ class GraphMatching(Solver):
 class ExactGraphMatching(GraphMatching):
     """`GraphMatching`, proved: a mixed-integer program over node and edge matches; up to 6 or 7 nodes with all edges.
 
+    To HiGHS's tolerances: 1e-6 of the largest cost, which therefore must not dwarf the others.
+
     Args:
         nodes, edges: as in `GraphMatching`.
         limit: seconds an instance, and what then.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import pickle
 import time
 import traceback
 from abc import abstractmethod
@@ -24,6 +25,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from distset.solvers.base import Solved, Solver, Status, TimeLimit, as_solver
 
@@ -58,7 +60,7 @@ class Pooled(Solver):
     Args:
         solver: a `Solver` or a bare function, at home in every worker.
         workers: processes; 0 solves in process.
-        when: ``"auto"`` as the module says, or ``"always"`` (batches of two and more).
+        when: ``"auto"`` as the module says, or ``"always"``.
         limit: seconds an instance, enforced by ending the worker; for solvers that have no limit of their own. Each
             instance is then sent alone, and never solved in process.
         retries: times that a chunk is tried again after its worker was lost.
@@ -125,6 +127,9 @@ class Pooled(Solver):
 
     def feasible(self, solutions: np.ndarray) -> np.ndarray:
         return self.solver.feasible(solutions)
+
+    def clip(self, costs: Tensor) -> Tensor:
+        return self.solver.clip(costs)
 
     def solve(self, costs: np.ndarray) -> np.ndarray:
         return self.solve_status(costs).solutions
@@ -282,8 +287,17 @@ def answer(solver: Solver, costs: np.ndarray) -> Answer:
     try:
         return Answer(solver.solve_status(costs), time.perf_counter() - start)
     except Exception as error:
-        error.add_note("in a worker of the pool:\n" + traceback.format_exc())
-        return Answer(None, 0.0, error)
+        return Answer(None, 0.0, _that_travels(error))
+
+
+def _that_travels(error: Exception) -> Exception:
+    """The error with the worker's traceback; another one that says the same, where it would not come through a pipe."""
+    error.add_note("in a worker of the pool:\n" + traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} in a worker of the pool: {error}\n{traceback.format_exc()}")
+    return error
 
 
 class LocalPool(Pooled):

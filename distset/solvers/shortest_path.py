@@ -73,6 +73,7 @@ class ShortestPath(Solver):
         return None if self.walls is None else ~self.walls
 
     def solve(self, costs: np.ndarray) -> np.ndarray:
+        from scipy.sparse import csr_array
         from scipy.sparse.csgraph import dijkstra
 
         shape = costs.shape[1:]
@@ -81,9 +82,11 @@ class ShortestPath(Solver):
             raise ValueError(f"cost: got {costs.min():g}, wanted costs of at least 0")
         grid, (start, end) = self._grid(shape), self._ends(shape)
         before = np.empty((len(costs), shape[0] * shape[1]), np.int32)
+        shared = grid.graph
+        graph = csr_array((np.empty_like(shared.data), shared.indices, shared.indptr), shape=shared.shape)  # of this call
         for i, cost in enumerate(costs.reshape(before.shape).astype(np.float64)):
-            np.take(cost, grid.into, out=grid.graph.data, mode="clip")  # the default mode would copy twice
-            _, before[i] = dijkstra(grid.graph, indices=start, return_predecessors=True)
+            np.take(cost, grid.into, out=graph.data, mode="clip")  # the default mode would copy twice
+            _, before[i] = dijkstra(graph, indices=start, return_predecessors=True)
         return _walk_back(before, start, end, costs.dtype).reshape(costs.shape)
 
     def feasible(self, solutions: np.ndarray) -> np.ndarray:
@@ -117,9 +120,7 @@ class ShortestPath(Solver):
         start, end = self._ends(walls.shape)
         if walls.flat[start] or walls.flat[end]:
             raise ValueError(f"walls: got a wall on the start {self.start} or the end {self.end}, wanted both free")
-        graph = self._grid(walls.shape).graph
-        graph.data[:] = 1.0
-        _, component = connected_components(graph, directed=False)
+        _, component = connected_components(self._grid(walls.shape).graph, directed=False)
         if component[start] != component[end]:
             raise ValueError(f"walls: they cut the end {self.end} off from the start {self.start}; wanted a connected grid")
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from distset.collapse import CollapseAlarm
-from distset.noise import Fading
 from distset.seeds import generator_for
 from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy, solve
 from distset.solvers.base import Solver
 from distset.solvers.tour import Tour
+from distset.tasks.fading import FadingMargin
 from distset.train import Example, Parts
 
 __all__ = ["FlagLocator", "GlobeTask", "GlobeTour", "chords", "globe_task", "hamming", "perfect", "squared"]
@@ -79,7 +79,7 @@ class GlobeTour(nn.Module):
         return solve(self.costs(flags, countries), self.solver, grad=self.grad)
 
 
-class GlobeTask:
+class GlobeTask(FadingMargin):
     """Loss, prediction and metrics of globe tours.
 
     An example is k flags ``(*, k, 3, H, W)`` with target ``(countries (*, k), tour (*, k, k))``.
@@ -97,14 +97,8 @@ class GlobeTask:
         if loss not in LOSSES:
             raise ValueError(f"loss: got {loss!r}, wanted one of {', '.join(LOSSES)}")
         self.distance = LOSSES[loss]
-        self.model, self.gradient_noise, self.at_once = model, gradient_noise, at_once
+        self.model, self.grad, self.gradient_noise, self.at_once = model, model.grad, gradient_noise, at_once
         self.alarm = model.alarm = CollapseAlarm(ndim=2)  # within the model: checkpoints keep its state
-
-    def progress(self, share: float) -> None:
-        """A `Fading` margin gets weaker."""
-        margin = getattr(self.model.grad, "margin", None)
-        if isinstance(margin, Fading):
-            margin.progress(share)
 
     def loss(self, example: Example, *, seed: int) -> Tensor:
         """The loss of one combination, or of a batch of them."""

@@ -22,6 +22,7 @@ from distset.collapse import CollapseAlarm
 from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy, solve
 from distset.solvers.assignment import Assignment
+from distset.tasks.fading import FadingMargin
 from distset.train import Example, Parts
 
 __all__ = ["Descriptors", "MatchingTask", "matching_task"]
@@ -49,7 +50,7 @@ def bumps(points: Tensor) -> Tensor:
     return torch.exp(-(((distance.unsqueeze(-1) - centres) / 0.15) ** 2))
 
 
-class MatchingTask:
+class MatchingTask(FadingMargin):
     """Loss, prediction and metrics of keypoint matching.
 
     An example is both clouds as one set of ``n + m`` points ``(*, n + m, 2 + F)``, the first n of the smaller, with the

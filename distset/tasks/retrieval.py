@@ -20,6 +20,7 @@ from distset.losses import recall_at, recall_loss
 from distset.projections import project_mean
 from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy
+from distset.tasks.fading import FadingMargin
 from distset.train import Example
 
 __all__ = ["Embedding", "RetrievalTask", "retrieval_task"]
@@ -48,7 +49,7 @@ class Embedding(nn.Module):
         return F.normalize(self.net(elements), dim=-1)
 
 
-class RetrievalTask:
+class RetrievalTask(FadingMargin):
     """Loss, prediction and metrics of retrieval.
 
     An example is a set of elements ``(N, *shape)`` with their classes ``(N,)``; those of a step are pooled, so that single

@@ -29,6 +29,8 @@ from distset.expect import Estimator, expect
 from distset.report.pictures import plot_image_rows
 from distset.sets import ChunkedSet
 from distset.subsets import KSubset
+from distset.subsets.distribution import check_k
+from distset.tasks.fading import FadingMargin
 from distset.tasks.flat_images import negative_log_likelihood, perceptron, pixels, stacked
 from distset.train import Example, Parts
 
@@ -42,10 +44,14 @@ class SubsetVAE(nn.Module):
         pixels: of an image.
         d, n, k: subsets of a latent, elements of each, and how many of these are chosen.
         hidden: widths of the layers, from the image to the latent.
+
+    Raises:
+        ValueError: for k outside of 0..n.
     """
 
     def __init__(self, pixels: int, *, d: int = 20, n: int = 20, k: int = 10, hidden: tuple[int, ...] = (512, 256)) -> None:
         super().__init__()
+        check_k(k, n, torch.Size())
         self.d, self.n, self.k = d, n, k
         self.encoder = perceptron(pixels, *hidden, d * n)
         self.decoder = perceptron(d * n, *reversed(hidden), pixels)
@@ -57,13 +63,15 @@ class SubsetVAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """Logits of the pixels ``(*, pixels)`` for latents ``(*, d, n)``.
 
-        The decoder gets them with mean 0 and variance 1: the same functions as of zeros and ones, sooner learned.
+        The decoder gets them with mean 0 and variance 1 (0 where there is nothing to choose): the same functions as of
+        zeros and ones, sooner learned.
         """
         share = self.k / self.n
-        return self.decoder(((z - share) / math.sqrt(share * (1 - share))).flatten(-2))
+        scale = math.sqrt(share * (1 - share)) or 1.0
+        return self.decoder(((z - share) / scale).flatten(-2))
 
 
-class SubsetVAETask:
+class SubsetVAETask(FadingMargin):
     """The negative evidence lower bound in nats an image.
 
     Args:

@@ -22,6 +22,7 @@ from distset.sets import ChunkedSet
 from distset.solve import Identity, Strategy, solve
 from distset.solvers.base import Solver
 from distset.solvers.shortest_path import ShortestPath
+from distset.tasks.fading import FadingMargin
 from distset.train import Example, Parts
 
 __all__ = ["TILE", "CellCosts", "TerrainTask", "cost_ratio", "path_loss", "terrain_task"]
@@ -57,7 +58,7 @@ def cost_ratio(found: Tensor, costs: Tensor, paths: Tensor) -> float:
     return ((found * costs).sum((1, 2)) / (paths * costs).sum((1, 2))).mean().item()
 
 
-class TerrainTask:
+class TerrainTask(FadingMargin):
     """Loss, prediction and metrics of paths over terrain.
 
     An example is one map, as a set of one picture ``(*, 1, 3, TILE H, TILE W)``, with target ``(costs, path)``, each

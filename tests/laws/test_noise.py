@@ -8,6 +8,14 @@ import scipy.stats
 import torch
 
 from distset.noise import Fading, Gumbel, Normal, SumOfGamma, TwoPoint, Uniform
+from distset.perturb_and_map import PerturbAndMap
+from distset.solve import Identity
+from distset.task import PacedTask
+from distset.tasks.globe_tsp import globe_task
+from distset.tasks.keypoints import matching_task
+from distset.tasks.retrieval import retrieval_task
+from distset.tasks.subset_vae import subset_vae_task
+from distset.tasks.terrain import terrain_task
 
 ALL = [Gumbel(0.7), SumOfGamma(5), TwoPoint(0.4), Uniform(0.4), Normal(0.3)]
 
@@ -110,3 +118,22 @@ def test_fading_noise_is_the_noise_times_what_is_left():
     for over in (0.0, 1.1):
         with pytest.raises(ValueError, match=r"over: got .*, wanted a share"):
             Fading(TwoPoint(0.4), over)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda grad: globe_task(size=(20, 40), grad=grad),
+        lambda grad: terrain_task(grad=grad),
+        lambda grad: matching_task(n=3, grad=grad),
+        lambda grad: retrieval_task(shape=(1, 28, 28), grad=grad),
+        lambda grad: subset_vae_task(16, 4, subsets=2, size=4, k=2, grad=PerturbAndMap(grad)),
+    ],
+    ids=["globe", "terrain", "keypoints", "retrieval", "subset VAE"],
+)
+def test_a_margin_fades_in_every_task(make):
+    margin = Fading(TwoPoint(0.2), over=0.5)
+    task = make(Identity(margin=margin))
+    assert isinstance(task, PacedTask)
+    task.progress(0.25)
+    assert margin.strength == 0.5

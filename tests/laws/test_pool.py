@@ -55,6 +55,53 @@ def test_a_pool_is_a_solver():
             solve(-w, pool)
 
 
+class FromOneUp(Solver):
+    """Its costs are at least 1."""
+
+    def clip(self, costs):
+        return costs.clamp_min(1.0)
+
+    nonnegative = True
+
+    def solve(self, costs):
+        assert (costs >= 1).all()
+        return cheapest(costs)
+
+
+def test_a_pool_has_the_cost_domain_of_its_solver():
+    w = torch.from_numpy(1 + costs(4)).requires_grad_()
+    g = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(0))
+    with LocalPool(FromOneUp(), 0) as pool:
+        pooled, alone = (torch.autograd.grad(solve(w, s, grad=Blackbox(9.0)), w, g)[0] for s in (pool, FromOneUp()))
+    assert torch.equal(pooled, alone)
+
+
+class Odd(Exception):
+    def __init__(self, one, two):
+        super().__init__("odd")
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_an_error_that_does_not_travel_is_told(local):
+    class Local(Exception):
+        pass
+
+    def fails(w):
+        raise Local("odd") if local else Odd(1, 2)
+
+    with (
+        LocalPool(fails, 1, when="always") as pool,
+        pytest.raises(RuntimeError, match=r"(Local|Odd) in a worker of the pool: odd(.|\n)*in fails"),
+    ):
+        pool.solve(costs(3))
+
+
+@pytest.mark.parametrize(("seconds", "then"), [(-1, "fail"), (float("nan"), "fail"), (float("inf"), "fail"), (1.0, "fial")])
+def test_wrong_limits_are_named(seconds, then):
+    with pytest.raises(ValueError, match=r"^(seconds|then): got .*, wanted"):
+        TimeLimit(seconds, then)
+
+
 def test_order_is_kept_and_chunks_are_contiguous():
     def slow_where_large(w):
         time.sleep(0.05 * w[0, 0])

@@ -459,3 +459,15 @@ def test_a_gradient_that_is_not_finite_is_told_from_a_cost():
     y = solve(w, TopK(1), grad=Blackbox(1.0))
     with pytest.raises(ValueError, match=r"gradient of the loss .* NaN"):
         (y * torch.nan).sum().backward()
+
+
+@pytest.mark.parametrize("declared", [False, True])
+def test_a_solver_may_write_on_what_it_is_given_and_the_parameter_stays(declared):
+    def greedy(w):
+        w -= w.min(1, keepdims=True)
+        return (w == 0).astype(w.dtype)
+
+    w = torch.tensor([[3.0, 2.0, 5.0]], requires_grad=True)
+    found = solve(w, FunctionSolver(greedy) if declared else greedy, grad=Identity("none"))
+    assert found.tolist() == [[0.0, 1.0, 0.0]]
+    assert w.tolist() == [[3.0, 2.0, 5.0]]

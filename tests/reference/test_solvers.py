@@ -1,6 +1,7 @@
 """Each solver against brute force or an independent library, on seeded small instances."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -258,6 +259,22 @@ def test_two_round_trips_are_no_tour():
     twice = np.kron(np.eye(2), np.ones((3, 3)) - np.eye(3))[None]
     assert (twice.sum(2) == 2).all()
     assert not Tour().feasible(twice).any()
+
+
+@pytest.mark.parametrize("longest", [1e2, 1e8, 1e12])
+def test_a_road_that_is_far_too_long_hides_nothing(longest):
+    costs = on_a_sphere(12, 9, seed=3) - 0.5
+    costs[:, 0, 1] = costs[:, 1, 0] = longest
+    found = Tour(dynamic=2).solve(costs)
+    assert np.allclose((found * costs).sum((1, 2)), (HeldKarp().solve(costs) * costs).sum((1, 2)), atol=1e-9)
+
+
+def test_paths_may_be_looked_for_by_many_threads():
+    costs = np.random.default_rng(0).uniform(size=(64, 3, 6, 7))
+    solver = ShortestPath()
+    alone = [solver.solve(part) for part in costs]
+    with ThreadPoolExecutor(4) as threads:
+        assert np.array_equal(list(threads.map(ShortestPath().solve, costs)), alone)
 
 
 def test_a_tour_at_the_time_limit_is_still_a_tour():
