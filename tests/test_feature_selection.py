@@ -63,3 +63,9 @@ def test_groups_and_single_images_measure_the_same() -> None:
     group = InMemory(torch.stack([example.set.elements for example in examples[:7]]))
     single = torch.stack([task.predict(example.set) for example in examples[:7]])
     torch.testing.assert_close(task.predict(group), single)
+
+
+@pytest.mark.parametrize("k", [-1, 9])
+def test_more_pixels_than_there_are(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k: got {k}, wanted 0 <= k <= n = 8"):
+        FeatureSelection(8, k)

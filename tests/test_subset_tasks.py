@@ -79,6 +79,22 @@ def test_divergences(vae) -> None:
     torch.testing.assert_close(categorical_divergence(latent.logits), (p * (p * 3).log()).sum((-1, -2)))
 
 
+@pytest.mark.parametrize("k", [0, 3])
+def test_latents_without_a_choice_are_deterministic(k: int) -> None:
+    task = SubsetVAETask(SubsetVAE(4, d=2, n=3, k=k, hidden=(6,)), num_samples=6, width=2)
+    loss = task.batch_loss(batch(3, 4), seed=0)
+    torch.testing.assert_close(loss, task.batch_loss(batch(3, 4), seed=1))
+    loss.backward()
+    assert all((p.grad == 0).all() for p in task.model.encoder.parameters())
+    assert any((p.grad != 0).any() for p in task.model.decoder.parameters())
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_latents_of_more_than_there_is(k: int) -> None:
+    with pytest.raises(ValueError, match=f"k: got {k}, wanted 0 <= k <= n = 3"):
+        SubsetVAE(4, n=3, k=k)
+
+
 def test_the_neighbours_loss_and_its_gradient() -> None:
     """Six candidates, all subsets of two of them; SIMPLE is unbiased since the loss is linear."""
     torch.manual_seed(0)

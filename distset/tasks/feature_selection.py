@@ -24,6 +24,7 @@ from distset.expect import Estimator, expect
 from distset.report.pictures import plot_image_rows
 from distset.sets import ChunkedSet
 from distset.subsets import KSubset
+from distset.subsets.distribution import check_k
 from distset.tasks.flat_images import negative_log_likelihood, perceptron, pixels, stacked
 from distset.train import Example, Parts
 
@@ -36,10 +37,14 @@ class FeatureSelection(nn.Module):
     Args:
         n, k: pixels, and how many are chosen.
         hidden: width of the two hidden layers.
+
+    Raises:
+        ValueError: for k outside of 0..n.
     """
 
     def __init__(self, n: int, k: int, *, hidden: int = 200) -> None:
         super().__init__()
+        check_k(k, n, torch.Size())
         self.k = k
         self.logits = nn.Parameter(torch.randn(n))
         self.network = perceptron(n, hidden, hidden, n)
