@@ -74,7 +74,7 @@ def read_maps(folder: str | Path, split: str = "train") -> Maps:
     """The published Warcraft files: ``{split}_maps.npy``, ``{split}_vertex_weights.npy``, ``{split}_shortest_paths.npy``.
 
     Raises:
-        ValueError: naming the file that is missing, or whose shape does not fit the others.
+        ValueError: naming the file that is missing; for shapes that do not fit each other.
     """
     arrays = []
     for name in ("maps", "vertex_weights", "shortest_paths"):
@@ -83,15 +83,20 @@ def read_maps(folder: str | Path, split: str = "train") -> Maps:
             raise ValueError(f"folder: no file {path}, wanted the published maps, weights and paths as npy files")
         arrays.append(torch.from_numpy(np.load(path)))
     pictures, costs, paths = arrays
-    if costs.shape != paths.shape or pictures.shape[1:3] != (TILE * costs.shape[1], TILE * costs.shape[2]):
-        shapes = ", ".join(str(tuple(array.shape)) for array in arrays)
-        raise ValueError(f"folder: got maps, weights and paths of shapes {shapes}, wanted {TILE} pixels a cell")
+    shapes = [tuple(array.shape) for array in arrays]
+    count, *sides = shapes[1]
+    if len(sides) != 2 or shapes[2] != shapes[1] or shapes[0] != (count, *(TILE * side for side in sides), 3):
+        raise ValueError(
+            f"folder: {folder} has {split} maps, weights and paths of shapes {', '.join(map(str, shapes))}, wanted "
+            f"(B, {TILE} H, {TILE} W, 3), (B, H, W) and (B, H, W): {TILE} pixels a cell, as many maps, weights and paths"
+        )
     return Maps(pictures.permute(0, 3, 1, 2).float() / 255, costs.float(), paths.float())
 
 
-def drawn(maps: tuple[int, int, int] = (1000, 200, 200), *, size: int = 12, seed: int = 0) -> Parts:
-    """Made maps to train, validate and test on, ``size`` cells a side."""
-    return _parts([draw_maps(count, size, seed_for(seed, "terrain", part)) for part, count in enumerate(maps)])
+def drawn(maps: tuple[int, int, int] = (1000, 200, 200), *, size: int = 12, neighbours: int = 8, seed: int = 0) -> Parts:
+    """Made maps to train, validate and test on, ``size`` cells a side; their paths step to 4 or 8 ``neighbours``."""
+    solver = ShortestPath(neighbours)
+    return _parts([draw_maps(count, size, seed_for(seed, "terrain", part), solver) for part, count in enumerate(maps)])
 
 
 def files(path: str) -> Parts:

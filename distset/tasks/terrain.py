@@ -80,9 +80,15 @@ class TerrainTask(FadingMargin):
         return self.batch_loss([example], seed=seed)
 
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
-        """`path_loss` over all maps of the examples; the alarm rings where the costs collapse."""
+        """`path_loss` over all maps of the examples; the alarm rings where the costs collapse.
+
+        Raises:
+            ValueError: for true paths that the solver never finds, such as diagonal ones for 4 neighbours.
+        """
         pictures = torch.cat([self._pictures(example.set) for example in examples])
-        truth = torch.cat([example.target[1] for example in examples]).to(pictures.device)
+        truth = torch.cat([example.target[1] for example in examples])
+        self._check_paths(truth)
+        truth = truth.to(pictures.device)
         costs = self.model(pictures)
         self.alarm(costs)
         return path_loss(solve(costs, self.solver, grad=self.grad, truth=truth, seed=seed), truth)
@@ -111,6 +117,14 @@ class TerrainTask(FadingMargin):
         with torch.no_grad():
             found = self.predict(example.set)[0]
         plot_paths(self._pictures(example.set)[:6], example.target[1][:6], found[:6], folder / "paths.png")
+
+    def _check_paths(self, paths: Tensor) -> None:
+        feasible = self.solver.feasible(paths.cpu().numpy())
+        if not feasible.all():
+            raise ValueError(
+                f"target: got a true path (number {feasible.argmin()} of {len(paths)}) that is none to {self.solver}, "
+                "wanted paths with its neighbours, start and end; make them by the solver that the task has"
+            )
 
     def _pictures(self, set: ChunkedSet) -> Tensor:
         return set.whole().elements.flatten(0, -4).to(next(self.model.parameters()).device)

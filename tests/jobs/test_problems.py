@@ -130,3 +130,9 @@ def test_every_strategy_trains_every_made_solver_task(task, strategy, tmp_path):
     assert metrics["steps"] == 2
     assert np.isfinite(list(metrics["test"].values())).all()
     assert list((tmp_path / "plots").glob("*.png"))
+
+
+def test_neighbours_of_true_and_found_paths_are_set_in_one_place():
+    config = composed("task=terrain", "task.neighbours=4")
+    assert config["task"]["neighbours"] == config["data"]["examples"]["neighbours"] == 4
+    assert composed("task=keypoints", "data=terrain")["data"]["examples"]["neighbours"] == 8

@@ -199,9 +199,44 @@ def test_reading_published_maps(tmp_path):
     found = terrain.read_maps(tmp_path, "test")
     torch.testing.assert_close(found.pictures, maps.pictures, atol=1 / 255, rtol=0)
     assert torch.equal(found.paths, maps.paths)
-    np.save(tmp_path / "test_shortest_paths.npy", maps.paths[:2].byte().numpy())
-    with pytest.raises(ValueError, match="maps, weights and paths of shapes"):
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"maps": np.zeros((2, 48, 48, 3), np.uint8)},
+        {"shortest_paths": np.ones((2, 6, 6))},
+        {"maps": np.zeros((2, 48, 48, 3), np.uint8), "shortest_paths": np.ones((2, 6, 6))},
+        {"maps": np.zeros((3, 3, 48, 48), np.uint8)},
+        {"maps": np.zeros((3, 48, 40, 3), np.uint8)},
+        {"vertex_weights": np.ones((3, 36)), "shortest_paths": np.ones((3, 36))},
+    ],
+)
+def test_published_maps_that_do_not_fit_are_refused(tmp_path, change):
+    fit = {
+        "maps": np.zeros((3, 48, 48, 3), np.uint8),
+        "vertex_weights": np.ones((3, 6, 6)),
+        "shortest_paths": np.ones((3, 6, 6)),
+    }
+    for name, array in (fit | change).items():
+        np.save(tmp_path / f"test_{name}.npy", array)
+    with pytest.raises(
+        ValueError, match=r"^folder: .* has test maps, weights and paths of shapes \(.*wanted \(B, 8 H, 8 W, 3\)"
+    ):
         terrain.read_maps(tmp_path, "test")
+
+
+@pytest.mark.parametrize("neighbours", [4, 8])
+def test_true_paths_step_to_the_neighbours_that_found_ones_do(neighbours):
+    parts = terrain.drawn((4, 1, 1), size=6, neighbours=neighbours)
+    assert ShortestPath(neighbours).feasible(torch.cat([example.target[1] for example in parts.train]).numpy()).all()
+    made(terrain_task, neighbours=neighbours).batch_loss(list(parts.train), seed=0).backward()
+
+
+def test_diagonal_paths_are_none_to_four_neighbours():
+    parts = terrain.drawn((4, 1, 1), size=6)
+    with pytest.raises(ValueError, match=r"target: got a true path .* that is none to ShortestPath\(neighbours=4"):
+        made(terrain_task, neighbours=4).batch_loss(list(parts.train), seed=0)
 
 
 def test_a_few_steps_on_maps_lower_the_loss():
