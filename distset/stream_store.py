@@ -20,7 +20,6 @@ from typing import IO, Any, NamedTuple
 from urllib.parse import quote, unquote
 from uuid import uuid4
 
-import torch
 from torch import Tensor
 
 from distset.encoders.stream import Node, Place, Stream, climb, covered, fingerprint, like_of, state_tensors
@@ -53,7 +52,19 @@ class StreamStore:
         seed: of the query.
 
     Raises:
-        ValueError: where the folder holds states of an encoder of other weights.
+        ValueError: where the folder holds states of an encoder of other weights or settings.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from distset import DeepSets
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = StreamStore(folder, DeepSets(pool="sum"), (2,))
+        ...     print(store.take("slide/7", 1, torch.ones(3, 2)))
+        ...     print(store.take("slide/7", 1, torch.ones(3, 2)))  # a client that got no answer sends again
+        ...     print(store.value("slide/7"), store.drop("slide/7"))
+        Taken(new=True, chunks=1, elements=3)
+        Taken(new=False, chunks=1, elements=3)
+        (tensor([3., 3.]), Taken(new=False, chunks=1, elements=3)) True
     """
 
     def __init__(self, folder: str | Path, encoder: Any, element_shape: tuple[int, ...], seed: int = 0) -> None:
@@ -66,7 +77,10 @@ class StreamStore:
         if not mark.exists():
             write_atomically(mark, weights)
         if mark.read_text() != weights:
-            raise ValueError(f"folder: {folder} holds states of other weights; this model needs a folder of its own")
+            raise ValueError(
+                f"folder: {folder} holds states of other weights or settings, or of an earlier version of distset; this "
+                "model needs a folder of its own"
+            )
 
     def take(self, set_id: str, number: int, elements: Tensor) -> Taken:
         """Add a chunk to a set; when this returns, it is on disk.
@@ -99,8 +113,7 @@ class StreamStore:
                 own.nodes[place] = self._read(path, place)
         if not own.nodes:
             raise KeyError(set_id)
-        with torch.no_grad():
-            return own.value(), Taken(False, own.num_chunks, len(own))
+        return own.value(), Taken(False, own.num_chunks, len(own))
 
     def drop(self, set_id: str) -> bool:
         """Forget a set; whether it was there."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from laws.zoo import DIM, encoders
+from safetensors.torch import save_file
 
-from distset import DSMIL, DeepSets, InMemory, Stream, encode_set
-from distset.encoders import ChunkEncoder
+from distset import DSMIL, UMBC, DeepSets, InMemory, Stream, encode_set
+from distset.encoders import AttentionPool, ChunkEncoder, Features
+from distset.encoders.stream import fingerprint
 from distset.states import TopK
 from distset.tasks.document_models import deepsets, sse, umbc_set_transformer
 
@@ -75,6 +77,66 @@ def test_a_saved_stream_goes_on(encoder, tmp_path):
         next(iter(encoder.parameters())).add_(1)
     with pytest.raises(ValueError, match="was made by an encoder of other weights"):
         Stream.load(encoder, tmp_path / "set.safetensors")
+
+
+def test_no_gradients_and_each_part_keeps_its_mode():
+    phi = torch.nn.Sequential(torch.nn.Linear(DIM, 4), torch.nn.Dropout(0.5), torch.nn.Dropout(0.5))
+    encoder = UMBC(4, slots=2)
+    whole = Features(phi, encoder).train()
+    phi[2].eval()
+    stream = whole.stream()
+    stream.add(X[:5].float())
+    value = stream.value()
+    assert not value.requires_grad
+    assert torch.equal(value, stream.value())
+    assert [part.training for part in phi] == [True, True, False]
+    assert whole.training
+
+
+def test_settings_of_equal_weights_are_told_apart(tmp_path):
+    one = UMBC(DIM, 4, activation="slot-sigmoid")
+    other = UMBC(DIM, 4, activation="slot-softmax")
+    other.load_state_dict(one.state_dict())
+    stream = one.stream()
+    stream.add(X[:5].float())
+    stream.save(tmp_path / "set")
+    with pytest.raises(ValueError, match="by an encoder of other weights or settings"):
+        Stream.load(other, tmp_path / "set")
+    with pytest.raises(ValueError, match="other: its encoder has other weights or settings"):
+        other.stream().merge(stream)
+    layers = [DeepSets(torch.nn.Sequential(torch.nn.Linear(DIM, 4), layer)) for layer in
+              (torch.nn.ReLU(), torch.nn.Tanh(), torch.nn.LeakyReLU(0.1), torch.nn.LeakyReLU(0.2))]  # fmt: skip
+    for layer in layers:
+        layer.load_state_dict(layers[0].state_dict())
+    assert len(set(map(fingerprint, layers))) == 4
+    assert fingerprint(layers[0].eval()) == fingerprint(layers[0].train())
+
+
+def test_a_stream_of_an_earlier_version_is_refused(tmp_path):
+    encoder = encoders()["sse"].eval()
+    save_file({"like": X[:0]}, tmp_path / "old", metadata={"format": "distset stream 2", "weights": fingerprint(encoder)})
+    with pytest.raises(ValueError, match="has the format 'distset stream 2', wanted 'distset stream 3'; encode"):
+        Stream.load(encoder, tmp_path / "old")
+
+
+NETWORK = torch.nn.Linear(DIM, 3)
+
+
+@pytest.mark.parametrize(("encoder", "said"), [
+    (UMBC(DIM, 4, fold=True), f"wanted width {DIM}"),
+    (UMBC(DIM, 4, fold=False), f"wanted width {DIM}"),
+    (AttentionPool(DIM), f"wanted width {DIM}"),
+    (DeepSets(NETWORK), "on which the encoder fails"),
+    (Features(NETWORK, UMBC(3, 4)), "on which the encoder fails"),
+])  # fmt: skip
+def test_a_first_chunk_of_a_foreign_width_is_refused(encoder, said):
+    stream = encoder.stream()
+    with pytest.raises(ValueError, match=rf"elements: got shape \(2, {DIM + 1}\).*{said}"):
+        stream.add(torch.zeros(2, DIM + 1))
+    assert stream.add(torch.zeros(2, DIM))
+    if "width" in said:
+        with pytest.raises(ValueError, match=said):
+            encode_set(encoder, InMemory(torch.zeros(2, DIM + 1)))
 
 
 def test_memory_is_a_state_for_each_gap():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distset.encoders.base import ChunkEncoder, Sweeps
-from distset.encoders.pooling import accumulable, max_state, softmax_state, wide
+from distset.encoders.pooling import accumulable, check_width, max_state, softmax_state, wide
 from distset.sets import Chunk
 from distset.states import Max, Softmax, TopK
 
@@ -40,6 +40,7 @@ class AttentionPool(ChunkEncoder):
         self.score = nn.Linear(hidden, heads)
 
     def encode(self, chunk: Chunk, query: Any) -> Softmax:
+        check_width(chunk.elements, self.to_tanh.in_features)
         h = torch.tanh(self.to_tanh(chunk.elements))
         if self.to_gate is not None:
             h = h * torch.sigmoid(self.to_gate(chunk.elements))

@@ -11,7 +11,16 @@ from distset.kernels import HALVES, wide_product
 from distset.sets import Chunk
 from distset.states import Max, Softmax
 
-__all__ = ["accumulable", "check_in", "max_state", "softmax_state", "streamed_fits", "streamed_softmax_state", "wide"]
+__all__ = [
+    "accumulable",
+    "check_in",
+    "check_width",
+    "max_state",
+    "softmax_state",
+    "streamed_fits",
+    "streamed_softmax_state",
+    "wide",
+]
 
 
 def accumulable(x: Tensor) -> Tensor:
@@ -94,3 +103,11 @@ def max_state(h_ND: Tensor, chunk: Chunk) -> Max:
 def check_in(name: str, value: Any, wanted: tuple[Any, ...]) -> None:
     if value not in wanted:
         raise ValueError(f"{name}: got {value!r}, wanted one of {', '.join(map(repr, wanted))}")
+
+
+def check_width(elements: Tensor, dim: int) -> None:
+    if elements.shape[-1] != dim:
+        raise ValueError(
+            f"elements: got shape {tuple(elements.shape)}, wanted width {dim}, the encoder's; give features of that "
+            f"width, or an encoder of width {elements.shape[-1]}"
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distset.encoders.base import ChunkEncoder
-from distset.encoders.pooling import check_in, softmax_state, streamed_fits, streamed_softmax_state, wide
+from distset.encoders.pooling import check_in, check_width, softmax_state, streamed_fits, streamed_softmax_state, wide
 from distset.kernels import fused_pool, fused_pool_fits
 from distset.sets import Chunk
 from distset.states import Softmax
@@ -135,6 +135,7 @@ class UMBC(ChunkEncoder):
 
     def encode(self, chunk: Chunk, query: Slots) -> Softmax:
         x_ND = chunk.elements
+        check_width(x_ND, query.keys.shape[-1] if self.fold else self.to_key.in_features)
         if self.fold:
             if self._plain_sweep(chunk):
                 if fused_pool_fits(query.keys, x_ND):

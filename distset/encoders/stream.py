@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from distset.states import TopK, merge_nodes
 
 __all__ = ["Node", "Place", "Stream", "climb", "covered", "fingerprint", "like_of", "state_tensors"]
 
-FORMAT = "distset stream 2"
+FORMAT = "distset stream 3"
 Place = tuple[int, int]
 """``(level, position)`` in the merge tree: chunks ``position * 2**level`` to before ``(position + 1) * 2**level``."""
 
@@ -85,7 +87,7 @@ class Stream:
         self.nodes: dict[Place, Node] = {}
         self._like: Tensor | None = None  # no elements, of the shape and dtype of all
         self._pattern: Any = None  # a state, for its structure
-        with torch.no_grad():
+        with _evaluated(encoder):
             self._query = encoder.query(torch.Size(), generator_for(seed, "query"), None)
 
     def __len__(self) -> int:
@@ -113,18 +115,30 @@ class Stream:
             number: of the chunk, from 0; the next one if None.
 
         Raises:
-            ValueError: for elements of another shape than before, none, or not finite; a negative number. Nothing has
-                changed then.
+            ValueError: for elements of another shape than before, or that the encoder cannot take, none, or not finite; a
+                negative number. Nothing has changed then.
         """
         number = self.next_number if number is None else number
         if number < 0:
             raise ValueError(f"number: got {number}, wanted a chunk number from 0")
         if number in self:
             return False
-        state = self.state_of(elements, number)
+        state = self.state_of(elements, number) if self.nodes else self._first(elements, number)
         self._like = like_of(elements) if self._like is None else self._like
         self._insert((0, number), Node(state, len(elements)))
         return True
+
+    def _first(self, elements: Tensor, number: int) -> Any:
+        """The state of the first chunk, which may have a shape that the encoder's network cannot take."""
+        try:
+            return self.state_of(elements, number)
+        except (RuntimeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"elements: got shape {tuple(elements.shape)} as {elements.dtype}, on which the encoder fails ({error}); "
+                "wanted what it was built for: features of the same width, images of the same channels, known words"
+            ) from error
 
     def state_of(self, elements: Tensor, number: int) -> Any:
         """The state of one chunk, without taking it.
@@ -146,20 +160,17 @@ class Stream:
         return chunk if first is None else chunk.to(first.device, first.dtype)
 
     def _encode(self, chunk: Chunk) -> Any:
-        training = self.encoder.training
-        with torch.no_grad():
-            try:
-                return self.encoder.eval()(chunk, self._query)
-            finally:
-                self.encoder.train(training)
+        with _evaluated(self.encoder):
+            return self.encoder(chunk, self._query)
 
     def value(self) -> Any:
-        """The encoding of all elements so far.
+        """The encoding of all elements so far, without a gradient.
 
         Raises:
             ValueError: before the first chunk.
         """
-        return self.encoder.readout(self.state(), self._query)
+        with _evaluated(self.encoder):
+            return self.encoder.readout(self.state(), self._query)
 
     def state(self) -> Any:
         """The merged state of all elements so far."""
@@ -172,10 +183,12 @@ class Stream:
         """Take what another stream of the same set gathered, under numbers that this one has not.
 
         Raises:
-            ValueError: for a stream of other weights, another seed, or numbers that both have.
+            ValueError: for a stream of other weights or settings, another seed, or numbers that both have.
         """
         if (fingerprint(self.encoder), self.seed) != (fingerprint(other.encoder), other.seed):
-            raise ValueError("other: its encoder has other weights or another seed; both must be the same to be merged")
+            raise ValueError(
+                "other: its encoder has other weights or settings, or it has another seed; all must be the same to be merged"
+            )
         if both := next((p for p in other.nodes if self._overlaps(p)), None):
             raise ValueError(f"other: both have chunk {both[1] << both[0]}; give each place its own chunk numbers")
         for place, node in other.nodes.items():
@@ -217,7 +230,7 @@ class Stream:
         """Go on from a saved state.
 
         Raises:
-            ValueError: for a file that is no stream, or was made by an encoder of other weights.
+            ValueError: for a file that is no stream of this version, or was made by an encoder of other weights or settings.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -228,9 +241,14 @@ class Stream:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"path: {path} cannot be read ({error}), wanted a stream that was saved") from error
         if about.get("format") != FORMAT:
-            raise ValueError(f"path: {path} is no stream of this version (its format is {about.get('format')!r})")
+            raise ValueError(
+                f"path: {path} has the format {about.get('format')!r}, wanted {FORMAT!r}; encode its elements again"
+            )
         if about["weights"] != fingerprint(encoder):
-            raise ValueError(f"path: {path} was made by an encoder of other weights; its states mean nothing to this one")
+            raise ValueError(
+                f"path: {path} was made by an encoder of other weights or settings; its states mean nothing to this one, "
+                "load them with the encoder that made them"
+            )
         stream = cls(encoder, element_ndim=int(about["element_ndim"]), seed=int(about["seed"]))
         if "like" in tensors:
             stream._like = like = tensors.pop("like")
@@ -261,10 +279,23 @@ class Stream:
 
 
 def fingerprint(encoder: nn.Module) -> str:
-    """A digest of the encoder's kind and weights: states of different ones must not be merged."""
-    digest = hashlib.blake2b(type(encoder).__qualname__.encode(), digest_size=16)
+    """A digest of the encoder's kind, settings and weights: states of different ones must not be merged.
+
+    Settings are the public attributes of all its modules that are plain: numbers, words, functions, classes, and tuples or
+    lists of them; but not ``training``, ``block`` and ``inplace``, which change no value.
+
+    Example:
+        >>> from distset import UMBC
+        >>> one, other = (UMBC(8, 4, activation=name) for name in ("slot-sigmoid", "slot-softmax"))
+        >>> _ = other.load_state_dict(one.state_dict())
+        >>> fingerprint(one) == fingerprint(other)
+        False
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, module in encoder.named_modules():
+        digest.update(f"{name} {type(module).__qualname__} {_settings(module)}\n".encode())
     for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -281,6 +312,35 @@ def state_tensors(state: Any) -> Iterator[Tensor]:
             yield part
         else:
             yield from state_tensors(part)
+
+
+def _settings(module: nn.Module) -> list[tuple[str, str]]:
+    exempt = {"training", "block", "inplace"}
+    public = ((name, value) for name, value in vars(module).items() if not name.startswith("_") and name not in exempt)
+    return sorted((name, told) for name, value in public if (told := _plain(value)) is not None)
+
+
+def _plain(value: Any) -> str | None:
+    """A plain value in words that are the same in every process; None for any other."""
+    if isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return value.__qualname__
+    if isinstance(value, tuple | list):
+        parts = [_plain(part) for part in value]
+        return None if None in parts else str(parts)
+    return repr(value) if value is None or isinstance(value, bool | int | float | str | torch.dtype) else None
+
+
+@contextmanager
+def _evaluated(encoder: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; each part goes back to the mode that it had."""
+    modes = [(part, part.training) for part in encoder.modules()]
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _finite(state: Any) -> bool:
