@@ -127,13 +127,11 @@ class KSubset(Distribution):
 
     def inclusion_probabilities(self) -> Tensor:
         """``P(z_i = 1)``, ``(*, n)``; their derivative is the covariance of the subset."""
-        free = rules.inclusion(self._free_logits, self._rule)
-        return self._shaped(free + self._included.double())
+        return self._inclusion.to(self._dtype)
 
     def exclusion_probabilities(self) -> Tensor:
         """``P(z_i = 0)``, ``(*, n)``, to full relative precision where inclusion is near 1; without a gradient."""
-        free = rules.chunk_inclusion(self._free_logits.detach(), self._rule)[1]
-        return self._shaped(free.masked_fill(self._included, 0.0))
+        return self._exclusion.to(self._dtype)
 
     def covariance_product(self, direction: Tensor) -> Tensor:
         """``Cov(z) v`` for ``v (..., *, n)``, the Jacobian-vector product of the inclusion probabilities, in O(n).
@@ -301,6 +299,21 @@ class KSubset(Distribution):
         return free.view(self._batch_shape)
 
     @property
+    def _inclusion(self) -> Tensor:
+        """Inclusion probabilities, float64 ``(*, n)``."""
+        return self._soft_inclusion + self.settled_in.double()
+
+    @property
+    def _exclusion(self) -> Tensor:
+        free = rules.chunk_inclusion(self._free_logits.detach(), self._rule)[1]
+        return free.masked_fill(self._included, 0.0).view(*self._batch_shape, self.n)
+
+    def _surprise(self, included: Tensor, excluded: Tensor) -> Tensor:
+        """``-log P`` of a tilted element's fate, the mean of the two with these weights; 0 of settled ones, ``(*, n)``."""
+        a = self._tilted.detach()
+        return (included * stable_softplus(-a) + excluded * stable_softplus(a)).masked_fill(~self.free, 0.0)
+
+    @property
     def _soft_inclusion(self) -> Tensor:
         return rules.inclusion(self._free_logits, self._rule).reshape((*self._batch_shape, self.n))
 
@@ -346,16 +359,14 @@ def kl_divergence(p: KSubset, q: KSubset) -> Tensor:
         raise ValueError(f"q: got a distribution over {q.n} elements, wanted {p.n} as p has")
     shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
     p, q = p.expand(shape), q.expand(shape)
-    included, excluded = p.inclusion_probabilities().double(), p.exclusion_probabilities().double()
-    free_q = q._shaped(q._free)
-    a = q._tilted
-    terms = included.detach() * stable_softplus(-a).detach() + excluded * stable_softplus(a).detach()
-    exact = terms.masked_fill(~free_q, 0.0).sum(-1) + q._rule.log_count.view(shape) - p.entropy().detach().double()
+    included, excluded = p._inclusion, p._exclusion
+    # Element by element, so that the digits of two close distributions cancel before they are added up.
+    terms = q._surprise(included.detach(), excluded) - p._surprise(included.detach(), excluded)
+    exact = terms.sum(-1) + (q._rule.log_count - p._rule.log_count).view(shape)
     out = exact
     if torch.is_grad_enabled() and (p.logits.requires_grad or q.logits.requires_grad):
-        crossed = q._tilted_normalizer - (included * a).sum(-1)
-        formula = crossed - p.entropy().double()
-        out = exact.detach() + (formula - formula.detach())
+        own, other = (d._tilted_normalizer - (included * d._tilted).sum(-1) for d in (p, q))
+        out = exact.detach() + (other - own - (other - own).detach())
     never_q, always_q = ~q._shaped(q._possible), q._shaped(q._included)
     impossible = ((included > 0) & never_q).any(-1) | ((excluded > 0) & always_q).any(-1) | (p.k != q.k)
     return out.masked_fill(impossible, math.inf).to(torch.promote_types(p._dtype, q._dtype))

@@ -291,6 +291,22 @@ def test_divergence_between_what_cannot_be() -> None:
     close(kl_divergence(KSubset(without, 3), KSubset(without, 3)), torch.tensor(0.0).double())
 
 
+@pytest.mark.parametrize(("n", "k"), [(784, 50), (20_000, 7000)])
+def test_divergences_of_single_precision_logits_keep_their_digits(n: int, k: int) -> None:
+    logits = randn(n).float().requires_grad_()
+    near = logits.detach() + 1e-3 * randn(n, seed=1).float()
+    p, q = KSubset(logits, k), KSubset(near, k)
+    itself = kl_divergence(p, p)
+    assert itself.dtype == torch.float32
+    assert itself == 0
+    exact = kl_divergence(KSubset(logits.detach().double(), k), KSubset(near.double(), k))
+    torch.testing.assert_close(kl_divergence(p, q).double(), exact, rtol=1e-7, atol=0)
+    step = (logits - near).detach().double()
+    (slope,) = torch.autograd.grad(kl_divergence(p, q), logits)
+    wanted = KSubset(logits.detach().double(), k).covariance_product(step)
+    torch.testing.assert_close(slope.double(), wanted, rtol=1e-6, atol=1e-9)
+
+
 def test_from_probabilities_is_the_conditioned_bernoulli() -> None:
     p = torch.tensor([0.2, 0.9, 0.5, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
     z = subsets(5, 3)
