@@ -14,6 +14,9 @@ References:
 
 from __future__ import annotations
 
+from math import isfinite
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -40,7 +43,8 @@ def recall_loss(scores: Tensor, relevant: Tensor, *, grad: Strategy | None = Non
         A scalar.
 
     Raises:
-        ValueError: for shapes that differ, ``relevant`` that is not bool, not one relevant element.
+        ValueError: for shapes that differ, ``relevant`` that is not bool, not one relevant element; scores or a margin that
+            are not finite.
 
     Example:
         >>> import torch
@@ -87,8 +91,8 @@ def recall_at_loss(scores: Tensor, relevant: Tensor, k: int, *, grad: Strategy |
         >>> scores.grad[:, 2]
         tensor([-0.5000, -0.0000])
     """
-    _check_k(scores, k)
     ranks, _ = _ranks(scores, relevant, grad, margin)
+    _check_k(scores, k)
     best = ranks.masked_fill(~relevant, torch.inf).amin(-1)[relevant.any(-1)]
     surplus = (best - k).relu()
     return (surplus + (surplus.clamp_max(1) - surplus).detach()).mean()
@@ -113,11 +117,14 @@ def recall_at(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     """Recall@k as retrieval counts it: the share of queries with something relevant among their first ``k``.
 
     Args:
-        scores, relevant: as in `recall_loss`; queries without anything relevant count as missed.
+        scores, relevant: as in `recall_loss`, but scores may be infinite; queries without anything relevant count as missed.
         k: from 1 to N.
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: for shapes that differ, ``relevant`` that is not bool, no query, scores that are NaN, k out of range.
 
     Example:
         >>> import torch
@@ -127,6 +134,10 @@ def recall_at(scores: Tensor, relevant: Tensor, k: int) -> Tensor:
     """
     _check(scores, relevant)
     _check_k(scores, k)
+    if scores.numel() == 0:
+        raise ValueError(f"scores: got shape {tuple(scores.shape)}, wanted at least one query; leave empty batches out")
+    if scores.isnan().any():
+        raise ValueError("scores: got NaN entries, wanted numbers; look for NaN in what the scores are made of")
     first = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return relevant.gather(-1, first).any(-1).to(torch.get_default_dtype()).mean()
 
@@ -136,6 +147,12 @@ def _ranks(scores: Tensor, relevant: Tensor, grad: Strategy | None, margin: floa
     _check(scores, relevant)
     if not relevant.any():
         raise ValueError("relevant: got not one relevant element, wanted at least one for some query")
+    if not scores.isfinite().all():
+        raise ValueError(
+            "scores: got NaN or infinite entries, wanted finite ones; look for them in what the scores are made of"
+        )
+    if not isfinite(margin):
+        raise ValueError(f"margin: got {margin}, wanted a finite number, in units of the scores")
     moved = scores + margin * (0.5 - relevant.to(scores.dtype))
     ranks = solve(moved, Ranking(), grad=grad)
     # From the ranks, not from the scores: a projection's rounding may have broken a near tie the other way.
@@ -153,6 +170,8 @@ def _mean(values: Tensor, relevant: Tensor) -> Tensor:
 
 
 def _check(scores: Tensor, relevant: Tensor) -> None:
+    if scores.ndim == 0:
+        raise ValueError("scores: got a single number, wanted (*, N), N scores for each query")
     if relevant.dtype != torch.bool:
         raise ValueError(f"relevant: got {relevant.dtype}, wanted torch.bool")
     if scores.shape != relevant.shape:
@@ -160,5 +179,5 @@ def _check(scores: Tensor, relevant: Tensor) -> None:
 
 
 def _check_k(scores: Tensor, k: int) -> None:
-    if not 1 <= k <= scores.shape[-1]:
-        raise ValueError(f"k: got {k}, wanted 1 to {scores.shape[-1]}, the number of scores")
+    if not isinstance(k, Integral) or not 1 <= k <= scores.shape[-1]:
+        raise ValueError(f"k: got {k}, wanted a whole number from 1 to {scores.shape[-1]}, the number of scores")

@@ -164,16 +164,31 @@ def test_ranking_degrades_without_a_projection_even_where_embeddings_are_unit_ve
     assert bare[-1] < 0.7  # and then unlearns
 
 
+def test_recall_of_elements_that_are_never_to_be_found():
+    relevant = torch.tensor([[False, True, False]])
+    assert recall_at(torch.tensor([[0.0, -torch.inf, 1.0]]), relevant, 2) == 0
+    assert recall_at(torch.tensor([[-torch.inf, 0.0, -torch.inf]]), relevant, 1) == 1
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda s, r: recall_loss(s, r.float()), "relevant: got torch.float32, wanted torch.bool"),
         (lambda s, r: average_precision_loss(s, r[:, :2]), r"relevant: got shape \(30, 2\), wanted \(30, 12\)"),
         (lambda s, r: recall_loss(s, r & False), "relevant: got not one relevant element"),
-        (lambda s, r: recall_at(s, r, 13), "k: got 13, wanted 1 to 12"),
-        (lambda s, r: recall_at_loss(s, r, 0), "k: got 0, wanted 1 to 12"),
+        (lambda s, r: recall_at(s, r, 13), "k: got 13, wanted a whole number from 1 to 12"),
+        (lambda s, r: recall_at_loss(s, r, 0), "k: got 0, wanted a whole number from 1 to 12"),
         (lambda s, r: recall_at_loss(s, r & False, 1), "relevant: got not one relevant element"),
-        (lambda s, r: recall_loss(s * torch.nan, r), "cost: got NaN"),
+        (lambda s, r: recall_at(s, r, 2.5), "k: got 2.5, wanted a whole number from 1 to 12"),
+        (lambda s, r: recall_at(s * torch.nan, r, 1), "scores: got NaN entries"),
+        (lambda s, r: recall_at(s[:0], r[:0], 1), r"scores: got shape \(0, 12\), wanted at least one query"),
+        (lambda s, r: recall_at(s[0, 0], r[0, 0], 1), r"scores: got a single number, wanted \(\*, N\)"),
+        *[
+            (lambda s, r, loss=loss, bad=bad: loss(s.where(s > -2, bad), r), "scores: got NaN or infinite entries")
+            for loss in (recall_loss, average_precision_loss, recall_at_2_loss)
+            for bad in (torch.nan, torch.inf)
+        ],
+        (lambda s, r: recall_loss(s, r, margin=torch.nan), "margin: got nan, wanted a finite number"),
     ],
 )
 def test_wrong_input_is_named(call, message):
