@@ -43,7 +43,8 @@ class Function:
         self.f, self.joint = f, joint
 
     def __call__(self, z: Tensor) -> Tensor:
-        found = self.f(z)
+        # A black box may write on what it is given; the gradient is made of the samples as they were.
+        found = self.f(z if z.requires_grad else z.clone())
         values = found if isinstance(found, Tensor) else torch.as_tensor(found, device=z.device)
         wanted = z.shape[: -1 - self.joint]
         if values.shape != wanted:

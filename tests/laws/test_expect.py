@@ -26,6 +26,7 @@ from distset.expect import (
     Tangent,
     describe,
     expect,
+    expect_chunked,
 )
 from distset.expect.baselines import Baseline
 from distset.expect.rivals import calibrating_tilt
@@ -33,8 +34,9 @@ from distset.expect.score import score_gradient
 from distset.metrics import estimator_error
 from distset.noise import Gumbel
 from distset.perturb_and_map import PerturbAndMap
+from distset.sets import InMemory
 from distset.solve import Blackbox
-from distset.subsets import KSubset, relaxed_top_k
+from distset.subsets import ChunkedKSubset, KSubset, relaxed_top_k
 from distset.subsets.gumbel import top_k
 
 N, K = 4, 2
@@ -278,6 +280,29 @@ def test_a_black_box_is_enough() -> None:
     expect(lambda z: z @ torch.arange(6).double(), KSubset(twin, 3), 8, seed=0).backward()
     torch.testing.assert_close(logits.grad, twin.grad)
     assert seen[0].shape == (8, 6)
+
+
+@pytest.mark.parametrize("estimator", [ScoreFunction(), ScoreFunction(LeaveOneOut()), GumbelScore()], ids=repr)
+def test_a_black_box_may_write_on_its_input(estimator: Estimator) -> None:
+    cost = np.arange(6.0)
+
+    def vandal(z: Tensor) -> np.ndarray:
+        found = z.numpy() @ cost
+        z.zero_()
+        return found
+
+    logits, twin = randn(6).requires_grad_(), randn(6).requires_grad_()
+    expect(vandal, KSubset(logits, 3), 8, grad=estimator, seed=0).backward()
+    expect(lambda z: z.numpy() @ cost, KSubset(twin, 3), 8, grad=estimator, seed=0).backward()
+    torch.testing.assert_close(logits.grad, twin.grad, rtol=0, atol=0)
+
+    def renaming(chosen: Tensor) -> Tensor:
+        return chosen.mul_(2).sum(-1)
+
+    parts = ChunkedKSubset(InMemory(randn(9, 1), chunk_size=4), 3)
+    found, wanted = (expect_chunked(f, parts, 8, seed=0) for f in (renaming, lambda chosen: 2 * chosen.sum(-1)))
+    assert (found.positions == wanted.positions).all()
+    assert (found.gradient == wanted.gradient).all()
 
 
 @pytest.mark.parametrize("estimator", [ScoreFunction(make()) for make in BASELINES[:5]], ids=repr)
