@@ -79,16 +79,26 @@ def test_rand_index_is_that_of_sklearn():
     assert rand_index(found, true, 4).tolist() == pytest.approx(want, abs=1e-12)
 
 
+def test_one_point_has_no_rand_index():
+    with pytest.raises(ValueError, match="found: got 1 elements, wanted at least 2"):
+        rand_index(torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 1, dtype=torch.long), 2)
+    with pytest.raises(ValueError, match="size: got 1, wanted at least 2 points"):
+        mixtures((2, 2, 2), size=1)
+
+
 @pytest.mark.parametrize("name", CONSISTENT)
 def test_encoders_are_consistent_with_right_gradients(name):
     encoder, _ = CONSISTENT[name](2, 3, width=8)
     check_encoder(encoder.eval(), torch.randn(2, 12, 2), max_sampled=1)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_sweeps_that_fold_the_last_layer_give_the_state_with_a_graph(activation):
+def test_sweeps_that_fold_the_last_layer_give_the_state_with_a_graph(activation, bias):
     encoder, _ = models.umbc_set_transformer(2, 4, width=16, activation=activation)
     assert isinstance(encoder, LinearFeatures)
+    if not bias:
+        encoder.extractor[-1].bias = None
     encoder = encoder.double()
     set = InMemory(torch.randn(3, 40, 2, dtype=torch.float64))
     query = encoder.query(set.batch_shape, torch.Generator(), None)
@@ -149,15 +159,30 @@ def test_variance_over_partitions():
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_streams_bring_every_point_once_and_end_with_the_encoding(name):
-    labels = torch.randint(3, (40,))
-    pieces = stream(name, labels, chunks=7)
+    pieces = stream(name, torch.randint(3, (40,)), chunks=7)
     assert sorted(torch.cat(pieces).tolist()) == list(range(40))
-    assert all(len(labels[p].unique()) == len(p) for p in pieces) or name in ("class", "chunk")
     encoder, _ = models.umbc_set_transformer(2, 4, width=16)
     points = torch.randn(40, 2)
     *_, last = encodings(encoder.eval(), points, pieces)
     with torch.no_grad():
         torch.testing.assert_close(last, encode_set(encoder, InMemory(points)), rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_of_streams_are_what_the_settings_say():
+    labels = torch.randint(3, (40,))
+    sizes = labels.bincount()
+    pieces = {name: stream(name, labels, chunks=7) for name in STREAMS}
+    assert [len(p) for p in pieces["single point"]] == [1] * 40
+    assert [labels[p].unique().tolist() for p in pieces["class"]] == [[0], [1], [2]]
+    assert [len(p) for p in pieces["chunk"]] == [6, 6, 6, 6, 6, 5, 5]
+    assert all(len(labels[p].unique()) > 1 for p in pieces["chunk"])
+    assert [sorted(labels[p].tolist()) for p in pieces["one each"]] == [
+        (sizes > i).nonzero().flatten().tolist() for i in range(int(sizes.max()))
+    ]
+    for name in ("single point", "chunk"):
+        order = torch.cat(pieces[name])
+        assert not torch.equal(order, order.sort().values)
+        assert not torch.equal(order, torch.cat(stream(name, labels, chunks=7, seed=1)))
 
 
 def test_unknown_streams_and_sizes_are_refused():

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 __all__ = ["Documents", "Vocabulary", "read_eurlex", "read_movie_reviews"]
 
 PARTS = ("train", "dev", "test")
+REVIEW = re.compile(r"(neg|pos)/cv(\d)\d\d_[^/]*\.txt$")
 WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?|[^\sa-z0-9]")
 
 
@@ -90,24 +92,34 @@ def read_movie_reviews(path: str | Path) -> tuple[Documents, NDArray[np.int64]]:
         path: ``movie_reviews.zip``, or the folder that holds it.
 
     Raises:
-        ValueError: for a path without the archive, an archive without reviews.
+        ValueError: for a path without the archive, one that is no archive or a broken one, an archive without reviews.
     """
     path = Path(path)
     archive = path / "movie_reviews.zip" if path.is_dir() else path
     if not archive.is_file():
         raise ValueError(f"path: {path} has no movie_reviews.zip, wanted the archive of the polarity data set 2.0")
     words, labels, names, folds = [], [], [], []
-    with zipfile.ZipFile(archive) as file:
-        for name in sorted(file.namelist()):
-            found = re.search(r"(neg|pos)/cv(\d)\d\d_[^/]*\.txt$", name)
-            if found:
-                words.append(file.read(name).decode("latin-1").split())
-                labels.append([int(found[1] == "pos")])
-                names.append(Path(name).stem)
-                folds.append(int(found[2]))
+    for name, (kind, fold), text in _reviews(archive):
+        words.append(text.split())
+        labels.append([int(kind == "pos")])
+        names.append(Path(name).stem)
+        folds.append(int(fold))
     if not words:
         raise ValueError(f"path: {archive} holds no neg/cv*.txt or pos/cv*.txt, wanted movie reviews")
     return Documents(words, labels, names, ["negative", "positive"]), np.array(folds)
+
+
+def _reviews(archive: Path) -> Iterator[tuple[str, tuple[str, ...], str]]:
+    """Name, kind and fold, text of each review of an archive."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for name in sorted(file.namelist()):
+                if found := REVIEW.search(name):
+                    yield name, found.groups(), file.read(name).decode("latin-1")
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(
+            f"path: {archive} cannot be read as a zip file ({error}), wanted movie_reviews.zip; fetch it again"
+        ) from error
 
 
 def read_eurlex(path: str | Path, *, inverted: bool = True, limit: int | None = None) -> dict[str, Documents]:
@@ -120,7 +132,7 @@ def read_eurlex(path: str | Path, *, inverted: bool = True, limit: int | None = 
         limit: the first so many documents of each part; None for all.
 
     Raises:
-        ValueError: for a folder without the parts, a document without the fields.
+        ValueError: for a folder without the parts, a document that is no JSON or whose fields are missing or no text.
     """
     texts: dict[str, list[list[str]]] = {}
     concepts: dict[str, list[list[str]]] = {}
@@ -141,9 +153,30 @@ def read_eurlex(path: str | Path, *, inverted: bool = True, limit: int | None = 
 
 
 def _read_law(path: Path, inverted: bool) -> tuple[list[str], list[str]]:
-    law = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        law = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"path: {path}, line {error.lineno}: no JSON ({error.msg}), wanted a document of EURLEX57K"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"path: {path} is not UTF-8 ({error}), wanted a document of EURLEX57K") from error
+    _check_law(path, law)
+    head, body = [law["header"], law["recitals"]], law["main_body"]
+    sections = [*body, *head[::-1]] if inverted else [*head, *body]
+    return WORD.findall("\n".join(sections).lower()), law["concepts"]
+
+
+def _check_law(path: Path, law: Any) -> None:
+    if not isinstance(law, dict):
+        raise ValueError(f"path: {path} holds a {type(law).__name__}, wanted an object, a document of EURLEX57K")
     if missing := {"header", "recitals", "main_body", "concepts"} - set(law):
         raise ValueError(f"path: {path} has no {', '.join(sorted(missing))}, wanted a document of EURLEX57K")
-    head, body = [law["header"], law["recitals"]], list(law["main_body"])
-    sections = [*body, *head[::-1]] if inverted else [*head, *body]
-    return WORD.findall("\n".join(sections).lower()), list(law["concepts"])
+    for field, several in (("header", False), ("recitals", False), ("main_body", True), ("concepts", True)):
+        value = law[field]
+        texts = value if several and isinstance(value, list) else [value]
+        if isinstance(value, list) != several or not all(isinstance(text, str) for text in texts):
+            wanted = "a list of texts" if several else 'a text ("" for none)'
+            raise ValueError(
+                f"path: {path} has {field} = {json.dumps(value)[:60]}, wanted {wanted}; mend or leave out the file"
+            )

@@ -100,6 +100,8 @@ def anomaly_offers(
         ValueError: for a pool and labels of different lengths, sizes out of range, no class that fills an offer.
     """
     low, high = chosen
+    if sets < 1:
+        raise ValueError(f"sets: got {sets}, wanted at least 1 offer")
     if len(elements) != len(labels):
         raise ValueError(f"labels: got {len(labels)} for {len(elements)} elements, wanted one each")
     if not 1 <= low <= high < size:

@@ -44,7 +44,12 @@ def mixtures(
         chunk_size: points a chunk, of which `Sampled` and `Subset` draw; None for whole sets.
         components, dim, spread, scale: as in `MixtureSets`.
         seed: of everything.
+
+    Raises:
+        ValueError: for sets of one point, which have no pairs to compare labellings by.
     """
+    if size < 2:
+        raise ValueError(f"size: got {size}, wanted at least 2 points a set: the Rand index is a share of pairs")
     drawn = [
         MixtureSets(
             count, size=points, components=components, dim=dim, spread=spread, scale=scale, seed=seed_for(seed, part)

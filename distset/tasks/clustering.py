@@ -28,7 +28,7 @@ from distset.task import Elements
 from distset.tasks.set_models import SetModel
 from distset.train import Example, Parts
 
-__all__ = ["ClusteringTask", "Truth", "clustering_task", "negative_log_likelihood", "to_mixture"]
+__all__ = ["ClusteringTask", "Truth", "clustering_task", "negative_log_likelihood", "rand_index", "to_mixture"]
 
 LEAST_VARIANCE = 1e-3
 Maker = Callable[..., tuple[ChunkEncoder, nn.Module]]
@@ -48,6 +48,17 @@ class ClusteringTask:
         model: gives ``(*, K, 1 + 2 D)`` for a set.
         dim: D, of a point.
         at_once: sets of a step that are encoded as one batch.
+
+    Example:
+        >>> from functools import partial
+        >>> from distset.tasks.clustering_models import umbc_set_transformer
+        >>> task = clustering_task(dim=2, components=3, model=partial(umbc_set_transformer, width=8))
+        >>> set = InMemory(torch.randn(50, 2), chunk_size=10)
+        >>> task.loss(Example(set, None), seed=0).shape, task.predict(set).shape
+        (torch.Size([]), torch.Size([3, 5]))
+        >>> mixture = to_mixture(task.predict(set))
+        >>> mixture.weight.shape, mixture.mean.shape, mixture.variance.shape
+        (torch.Size([3]), torch.Size([3, 2]), torch.Size([3, 2]))
     """
 
     def __init__(self, model: SetModel, dim: int, at_once: int = 10) -> None:
@@ -95,19 +106,46 @@ class ClusteringTask:
 
 
 def to_mixture(raw: Tensor) -> Mixture:
-    """``(*, K, 1 + 2 D)`` to weights by softmax, means, and variances by softplus, at least 0.001."""
+    """``(*, K, 1 + 2 D)`` to weights by softmax, means, and variances by softplus, at least 0.001.
+
+    Example:
+        >>> mixture = to_mixture(torch.zeros(2, 5))
+        >>> mixture.weight.tolist(), mixture.mean.tolist()
+        ([0.5, 0.5], [[0.0, 0.0], [0.0, 0.0]])
+    """
     dim = raw.shape[-1] // 2
     weight, mean, variance = raw.split([1, dim, dim], -1)
     return Mixture(weight.squeeze(-1).softmax(-1), mean, F.softplus(variance) + LEAST_VARIANCE)
 
 
 def negative_log_likelihood(mixture: Mixture, points: Tensor) -> Tensor:
-    """Of each set, the mean over its ``points (*, N, D)``: ``(*)``."""
+    """Of each set, the mean over its ``points (*, N, D)``: ``(*)``.
+
+    Example:
+        >>> standard = Mixture(torch.ones(1), torch.zeros(1, 2), torch.ones(1, 2))
+        >>> negative_log_likelihood(standard, torch.zeros(4, 2))  # log 2 pi
+        tensor(1.8379)
+    """
     return -mixture.log_joint(points).logsumexp(-1).mean(-1)
 
 
 def rand_index(found: Tensor, true: Tensor, classes: int) -> Tensor:
-    """The share of pairs of elements on which two labellings ``(*, N)`` agree, ``(*)``."""
+    """The share of pairs of elements on which two labellings ``(*, N)`` agree, ``(*)``.
+
+    Args:
+        found, true: int ``(*, N)``, N at least 2.
+        classes: number of labels that ``found`` may have.
+
+    Raises:
+        ValueError: for fewer than two elements, which make no pair.
+
+    Example:
+        >>> found, true = torch.tensor([1, 1, 0]), torch.tensor([0, 0, 0])
+        >>> rand_index(found, true, 2)
+        tensor(0.3333, dtype=torch.float64)
+    """
+    if found.shape[-1] < 2:
+        raise ValueError(f"found: got {found.shape[-1]} elements, wanted at least 2: the index is a share of pairs")
     a, b = F.one_hot(found, classes).double(), F.one_hot(true).double()
     table = a.mT @ b
     size = found.shape[-1]

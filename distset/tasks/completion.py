@@ -99,6 +99,19 @@ class CompletionTask:
         chunk_size: context pixels a chunk, of which `Sampled` and `Subset` draw; None for all in one.
         targets: pixels of an image that count in a training step, drawn anew each time; None for all.
         at_once: images of a step that are encoded as one batch.
+
+    Raises:
+        ValueError: for a ``context`` or ``targets`` that the images do not have.
+
+    Example:
+        >>> from distset.tasks.completion_models import umbc_set_transformer
+        >>> task = completion_task((4, 4, 1), model=umbc_set_transformer, width=8, context=(2, 8), targets=None)
+        >>> pixels = torch.cat([pixel_places(4, 4), torch.rand(16, 1)], -1)
+        >>> task.loss(Example(InMemory(pixels), None), seed=0).shape
+        torch.Size([])
+        >>> mean, deviation = task.predict(InMemory(pixels[:5])).chunk(2, -1)  # of all 16, from five
+        >>> mean.shape, bool((deviation >= 0.1).all())
+        (torch.Size([16, 1]), True)
     """
 
     def __init__(
@@ -170,20 +183,39 @@ class CompletionTask:
 
 
 def gaussian_nll(output: Tensor, values: Tensor) -> Tensor:
-    """``-log N(values; mean, deviation)`` of every pixel ``(*, T)``, summed over its channels."""
+    """``-log N(values; mean, deviation)`` of every pixel ``(*, T)``, summed over its channels.
+
+    Args:
+        output: means and deviations ``(*, T, 2 C)``.
+        values: ``(*, T, C)``.
+
+    Example:
+        >>> gaussian_nll(torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0]]))  # 2² / 2 + log(2 pi) / 2
+        tensor([2.9189])
+    """
     mean, deviation = output.chunk(2, -1)
     z = (values - mean) / deviation
     return (0.5 * z.square() + deviation.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def pixel_places(height: int, width: int) -> Tensor:
-    """Row and column of every pixel ``(H W, 2)``, from -1 to 1."""
+    """Row and column of every pixel ``(H W, 2)``, from -1 to 1.
+
+    Example:
+        >>> pixel_places(2, 2).tolist()
+        [[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]]
+    """
     rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
     return torch.cartesian_prod(rows, columns)
 
 
 def context_of(elements: Tensor, size: int, random: torch.Generator) -> Tensor:
-    """``size`` random pixels of each image, ``(B, size, 2 + C)``."""
+    """``size`` random pixels of each image, ``(B, size, 2 + C)``.
+
+    Example:
+        >>> context_of(torch.zeros(3, 16, 4), 5, torch.Generator()).shape
+        torch.Size([3, 5, 4])
+    """
     return _gather(elements, torch.rand(elements.shape[:2], generator=random).argsort(-1)[:, :size])
 
 

@@ -34,6 +34,19 @@ class DocumentTask:
         words: in the vocabulary.
         classes: names of the C classes.
         multi_label: any number of classes a document, each by a sigmoid; else one, by softmax.
+
+    Example:
+        >>> from functools import partial
+        >>> from distset import InMemory
+        >>> from distset.tasks.document_models import umbc_set_transformer
+        >>> model = partial(umbc_set_transformer, width=8)
+        >>> task = document_task(words=20, classes=["bad", "good"], multi_label=False, model=model)
+        >>> document = InMemory(torch.tensor([[3], [0], [19], [3]]), chunk_size=2)  # numbers of a vocabulary
+        >>> task.loss(Example(document, [0.0, 1.0]), seed=0).shape, task.predict(document).shape
+        (torch.Size([]), torch.Size([2]))
+        >>> figures = task.metrics([torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 0.0])], [[0, 1], [0, 1]])
+        >>> figures["micro_f1"], round(figures["loss"], 3)
+        (0.5, 1.127)
     """
 
     def __init__(self, model: SetModel, *, words: int, classes: Sequence[str], multi_label: bool) -> None:

@@ -96,7 +96,8 @@ class LinearFeatures(Features):
         for layer in others:
             h = layer(h)
         hidden = chunk._replace(elements=h)
-        constant = query.keys @ last.bias.unsqueeze(-1)
+        shift = last.weight.new_zeros(last.out_features) if last.bias is None else last.bias
+        constant = query.keys @ shift.unsqueeze(-1)
         keys = query.keys @ last.weight
         if encoder.activation == "softmax":  # a constant of a slot moves the shift alone
             state = encoder.encode(hidden, query._replace(keys=keys))
@@ -104,7 +105,7 @@ class LinearFeatures(Features):
         else:
             bias = constant if query.bias is None else query.bias + constant
             state = encoder.encode(hidden, query._replace(keys=keys, bias=bias))
-        return state._replace(total=state.total @ last.weight.mT + state.mass * last.bias)
+        return state._replace(total=state.total @ last.weight.mT + state.mass * shift)
 
 
 class Waves(nn.Module):

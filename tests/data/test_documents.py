@@ -57,6 +57,33 @@ def test_bad_folders_are_named(tmp_path):
         read_eurlex(tmp_path)
 
 
+def test_broken_archives_of_reviews_are_named(tmp_path):
+    archive = tmp_path / "movie_reviews.zip"
+    archive.write_bytes(b"an error page")
+    with pytest.raises(ValueError, match=r"path: .*movie_reviews.zip cannot be read as a zip file"):
+        read_movie_reviews(tmp_path)
+    reviews(archive)
+    whole = archive.read_bytes()
+    archive.write_bytes(whole.replace(b"fine film", b"FINE film"))
+    with pytest.raises(ValueError, match=r"cannot be read as a zip file \(Bad CRC-32.*cv950"):
+        read_movie_reviews(archive)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('{\n"header": ', r"a\.json, line 2: no JSON \(Expecting value\)"),
+    ("[]", r"a\.json holds a list, wanted an object"),
+    ('{"header": "", "recitals": null, "main_body": [], "concepts": []}', r"a\.json has recitals = null, wanted a text"),
+    ('{"header": "", "recitals": "", "main_body": "x", "concepts": []}', r'main_body = "x", wanted a list of texts'),
+    ('{"header": "", "recitals": "", "main_body": [], "concepts": [4]}', r"concepts = \[4\], wanted a list of texts"),
+    (b"\xff", r"a\.json is not UTF-8"),
+])  # fmt: skip
+def test_broken_laws_are_named(tmp_path, text, said):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"^path: .*{said}"):
+        read_eurlex(tmp_path)
+
+
 def test_vocabulary_keeps_the_most_frequent_words():
     vocabulary = Vocabulary([["b", "a", "c"], ["b", "c", "c"]], size=2)
     assert vocabulary.words == ["<unknown>", "c", "b"]

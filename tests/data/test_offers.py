@@ -99,6 +99,8 @@ def test_the_odd_ones_out_are_of_other_classes():
         anomaly_offers(elements, labels, sets=1, size=30, chosen=(2, 3))
     with pytest.raises(ValueError, match="chosen: got 0 to 3"):
         anomaly_offers(elements, labels, sets=1, size=8, chosen=(0, 3))
+    with pytest.raises(ValueError, match="sets: got 0, wanted at least 1"):
+        anomaly_offers(elements, labels, sets=0, size=8, chosen=(2, 3))
 
 
 REGISTRIES = [[0, 1, 2], [1, 2, 3], [0, 4, 5, 6], [7, 8, 9], [2, 3, 4], [5, 8, 9]] * 5
