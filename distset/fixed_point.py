@@ -237,7 +237,7 @@ def lipschitz(
     every point: try several as a batch.
 
     Args:
-        step: as in `fixed_point`, twice differentiable by autograd.
+        step: as in `fixed_point`, twice differentiable by autograd; the constant of a map without a derivative is 0.
         x: points ``(*, N)``.
         iterations: of the power method.
         event_ndim: as in `fixed_point`.
@@ -245,23 +245,42 @@ def lipschitz(
 
     Returns:
         ``(*)``.
+
+    Raises:
+        ValueError: for a map whose derivative autograd cannot differentiate again.
     """
+    flat = torch.zeros(x.shape[: x.dim() - event_ndim], dtype=x.dtype, device=x.device)
     with torch.enable_grad():
         z = x.detach().requires_grad_()
         fz = step(z)
         if not fz.requires_grad:
-            return torch.zeros(x.shape[: x.dim() - event_ndim], dtype=x.dtype, device=x.device)
+            return flat
         w = torch.zeros_like(fz, requires_grad=True)
-        (back,) = torch.autograd.grad(fz, z, w, create_graph=True)  # J^T w, a linear function of w
+        (back,) = torch.autograd.grad(fz, z, w, create_graph=True, allow_unused=True)  # J^T w, linear in w
+    if back is None:
+        return flat
     v = torch.randn(x.shape, dtype=x.dtype, generator=generator, device="cpu" if generator is None else generator.device)
     v = v.to(x.device)
     norm = torch.ones((), dtype=x.dtype, device=x.device)
     for _ in range(iterations):
         v = v / _expand(safe(_norm(v, event_ndim)), event_ndim)
-        (jv,) = torch.autograd.grad(back, w, v, retain_graph=True)
+        jv = _pushed(back, w, v)
         norm = _norm(jv, event_ndim)
         (v,) = torch.autograd.grad(fz, z, jv, retain_graph=True)
     return norm
+
+
+def _pushed(back: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    """``J v``, the derivative of ``back = J^T w`` in w."""
+    try:
+        return torch.autograd.grad(back, w, v, retain_graph=True)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"step: its derivative cannot be differentiated again ({error}), wanted a map made of operations that "
+            f"autograd differentiates twice; write its autograd.Function without once_differentiable, or leave it out"
+        ) from error
 
 
 def _iterate(step: Step, x0: Tensor, iteration: Iteration, stop: Stop, event_ndim: int) -> tuple[Solution, Tensor]:

@@ -96,12 +96,15 @@ class Enumerated:
         bits = torch.arange(n, device=elements.device)
         subsets_SN = (codes.unsqueeze(-1) >> bits) & 1
         batch = elements.shape[: -getattr(utility, "element_ndim", 1) - 1]
-        values_S = utility(elements, subsets_SN.to(elements.dtype).expand(*batch, -1, -1), mask)
+        inside_SN = subsets_SN.bool() if mask is None else subsets_SN.bool() & mask.unsqueeze(-2)
+        values_S = utility(elements, inside_SN.to(elements.dtype).expand(*batch, -1, -1), mask)
         with_i, without_i = codes.unsqueeze(-1) | (1 << bits), codes.unsqueeze(-1) & ~(1 << bits)
         rows_SN = _at(values_S[..., with_i] - values_S[..., without_i], places)
 
         def gains(logits: Tensor) -> Gains:
-            log_q = _log_prob(logits.unsqueeze(-2), subsets_SN, mask).sum(-1)
+            log_q = _log_prob(logits.unsqueeze(-2), inside_SN, mask).sum(-1)
+            # a subset of real elements counts once, not once for every subset of the padding
+            log_q = log_q.masked_fill((inside_SN != subsets_SN).any(-1), -torch.inf)
             mean = (log_q.exp().unsqueeze(-2) @ rows_SN).squeeze(-2)
             return Gains(mean, (0.5 * log_q).exp().unsqueeze(-1) * rows_SN, None)
 

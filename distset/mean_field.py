@@ -86,6 +86,11 @@ class Nuclear(NamedTuple):
     def __call__(self, gains: Gains, size: Tensor) -> Tensor:
         norm = torch.linalg.matrix_norm(gains.rows, "nuc")
         if gains.log_prob is not None:
+            if gains.rows.shape[-2] < 2:
+                raise ValueError(
+                    "samples: got 1 draw with Nuclear(), whose derivative compares each draw with the others, wanted at "
+                    "least 2; use Drawn(2, 'differences') or more, or L2(), which is the same for one draw"
+                )
             rest = self._leave_one_out(gains.rows.detach())
             norm = norm + ((norm.detach().unsqueeze(-1) - rest) * (gains.log_prob - gains.log_prob.detach())).sum(-1)
         return _scaled(gains.mean, norm, self.norm, size)
@@ -263,8 +268,18 @@ def check_contraction(
     """Estimate the Lipschitz constant of ``psi -> sigma(gains(psi))`` for each offer (Assumption 4.1 of [2] in practice).
 
     The largest spectral norm of its Jacobian at psi = 0.5 and at random points, ``(*)``: from below, so a value of at
-    least 1 proves that the map is no contraction, and is warned of.
+    least 1 proves that the map is no contraction, and is warned of. For `Drawn` without a derivative it is 0: its map
+    is constant but for jumps.
+
+    Raises:
+        ValueError: as `mean_field`; for gains whose derivative cannot be differentiated again, as that of
+            ``Drawn(m, "differences")``.
     """
+    if isinstance(gains, Drawn) and gains.derivative == "differences":
+        raise ValueError(
+            f"gains: got {gains!r}, whose derivative cannot be differentiated again, wanted Enumerated(), Smoothed() or "
+            f"Drawn({max(2, gains.samples)}, 'score') to measure how far the map stretches"
+        )
     step = field_step(utility, elements, gains=gains, scale=scale, mask=mask, generator=generator)
     batch = elements.shape[: elements.dim() - getattr(utility, "element_ndim", 1)]
     numbers = torch.Generator().manual_seed(0)

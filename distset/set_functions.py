@@ -21,6 +21,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import NamedTuple, cast
 
 import torch
@@ -68,14 +69,44 @@ class SetFunction(nn.Module):
 
 
 class UserUtility(SetFunction):
-    """Any function of (elements, subsets) as a utility; its parameters are learnt if it is a module."""
+    """Any function of (elements, subsets) as a utility; its parameters are learnt if it is a module.
 
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    Args:
+        function: from ``elements (*, N, *element)`` and ``subsets (*, M, N)`` to ``(*, M)``. With a third parameter
+            called ``mask`` it takes offers with padding: it then gets the bool ``(*, N)``, or None without padding.
+
+    Raises:
+        ValueError: at use, for a value of another shape; for padding with a function that has no ``mask``, which could
+            take it for a part of the offer.
+
+    Example:
+        >>> import torch
+        >>> from distset.set_functions import UserUtility
+        >>> def spread(elements, subsets, mask=None):  # no subset holds padding: a sum over S may ignore the mask
+        ...     return (subsets * elements.norm(dim=-1).unsqueeze(-2)).sum(-1) - subsets.sum(-1)
+        >>> utility = UserUtility(spread)
+        >>> offer = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]])
+        >>> utility(offer, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+        tensor([ 5., -1.])
+        >>> utility.gains(offer, torch.tensor([[False, False, True]]))
+        tensor([[ 4., -1.,  1.]])
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.function = function
+        self.takes_mask = _takes_mask(function)
 
     def forward(self, elements: Tensor, subsets: Tensor, mask: Tensor | None = None) -> Tensor:
-        value = self.function(elements, subsets)
+        if self.takes_mask:
+            value = self.function(elements, subsets, mask=mask)
+        elif mask is None or bool(mask.all()):
+            value = self.function(elements, subsets)
+        else:
+            raise ValueError(
+                "function: takes (elements, subsets) alone, got an offer with padding, wanted a function with a third "
+                "parameter, mask: add mask=None, and leave the padding out of all that is computed over the offer"
+            )
         if value.shape != subsets.shape[:-1]:
             raise ValueError(
                 f"function: gave shape {tuple(value.shape)} for subsets {tuple(subsets.shape)}, wanted one utility a "
@@ -336,6 +367,13 @@ def check_invariance(utility: SetFunction, elements: Tensor, *, seed: int = 0, t
             f"utility: {type(utility).__name__} is not permutation invariant: its values differ by {gap:.2g} when the "
             f"elements are put in another order; build it from sums, means or maxima over the elements"
         )
+
+
+def _takes_mask(function: Callable[..., Tensor]) -> bool:
+    try:
+        return "mask" in signature(function.forward if isinstance(function, nn.Module) else function).parameters
+    except (TypeError, ValueError):  # compiled or built in
+        return False
 
 
 def _real(elements: Tensor) -> torch.dtype:

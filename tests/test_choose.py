@@ -26,7 +26,7 @@ def test_threshold_and_sizes():
 
 def test_greedy_ascends_and_finds_the_best_of_a_modular_utility():
     weights = torch.tensor([[1.0, -2.0, 3.0, 0.5], [-1.0, -1.0, -1.0, 2.0]])
-    utility = UserUtility(lambda elements, subsets: (subsets * elements[..., 0].unsqueeze(-2)).sum(-1))
+    utility = UserUtility(lambda elements, subsets, mask=None: (subsets * elements[..., 0].unsqueeze(-2)).sum(-1))
     assert by_greedy(utility, weights.unsqueeze(-1)).chosen.tolist() == (weights > 0).tolist()
     two = by_greedy(utility, weights.unsqueeze(-1), 2)
     assert two.chosen.sum(-1).tolist() == [2, 2]

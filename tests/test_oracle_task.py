@@ -1,5 +1,7 @@
 """The oracle as a task: every method trains, what is frozen stays frozen, offers in chunks train too."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from distset import InMemory
 from distset.choose import by_greedy, by_size, by_threshold
 from distset.data.synthetic_offers import gaussian_offers
 from distset.fixed_point import Implicit, Stop
-from distset.gains import Enumerated, Smoothed
+from distset.gains import Drawn, Enumerated, Smoothed
 from distset.mean_field import Constant, Nuclear, oracle_loss
 from distset.offers import Offers
 from distset.optim import Optimisation
@@ -123,6 +125,32 @@ def test_whether_the_map_contracts_is_measured():
     assert float(at_half * (1 - at_half)) * t * (n - 1) - 1e-6 < found["fixed_point/lipschitz"] < t * (n - 1) / 4
     assert found["fixed_point/converged"] == 1.0
     assert 1 < found["fixed_point/iterations"] < 50
+
+
+@pytest.mark.parametrize("derivative", [None, "score", "differences"])
+def test_a_trained_model_is_measured_whatever_the_gains(derivative):
+    task = idiffmf_task(2, gains=Drawn(4, derivative), scale=Constant(0.1), stop=Stop(3), width=4, hidden=4)
+    offers = examples(gaussian_offers(4, size=8, chosen=2), group=2)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = task.measure(offers)
+    left_out = {"differences": {"fixed_point/lipschitz"}}.get(derivative, set())
+    assert {name for name in task.rules if name.startswith("fixed_point/")} - set(found) == left_out
+    assert any("lipschitz is left out: gains: got Drawn" in str(w.message) for w in said) == bool(left_out)
+
+
+def test_targets_may_be_positions_where_offers_are_joined():
+    task = diffmf_task(2)
+    x = torch.randn(3, 2, 9, 2, generator=torch.Generator().manual_seed(0))
+    places = [torch.tensor([0, 1]), torch.tensor([4]), torch.tensor([3, 7, 8])]
+    rows = [(torch.arange(9).unsqueeze(-1) == own).any(-1).expand(2, 9) for own in places]
+    losses = [
+        task.batch_loss([Example(InMemory(own), target) for own, target in zip(x, targets)], seed=3)
+        for targets in (places, rows, [places[0], *rows[1:]])
+    ]
+    assert losses[0] == losses[1] == losses[2]
+    with pytest.raises(ValueError, match="chosen: got positions 9 to 9, wanted 0 to 8"):
+        task.batch_loss([Example(InMemory(x[0]), torch.tensor([9])), Example(InMemory(x[1]), places[1])], seed=3)
 
 
 def test_greedy_ascent_is_measured_over_the_first_hundred_offers():

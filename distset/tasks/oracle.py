@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from math import isqrt
+from math import isnan, isqrt
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -154,7 +154,8 @@ class OracleTask:
         """What psi cannot say, of the first offers that lie in one chunk.
 
         ``greedy/*``: how well F itself is climbed. ``fixed_point/*``, where the gradient is implicit: whether the map
-        contracts (Assumption 4.1; warned of where it does not), and whether and how soon the iteration converged.
+        contracts (Assumption 4.1; warned of where it does not, left out where gains have no second derivative), and
+        whether and how soon the iteration converged.
         """
         whole = [example for example in examples if example.set.num_chunks == 1]
         return {**self._climbed(whole), **self._settled(whole)}
@@ -203,23 +204,29 @@ class OracleTask:
             elements, mask = self._elements(example.set)
             if example.set.batch_shape:
                 elements, mask = elements[:STRETCHED], None if mask is None else mask[:STRETCHED]
-            constant = check_contraction(
-                self.model.utility,
-                elements,
-                gains=how.gains,
-                scale=how.scale,
-                mask=mask,
-                generator=generator_for(0, "draws"),
-            )
             with torch.no_grad():
                 solution = self._field(elements, mask, 0, how)
+            constant = self._stretch(elements, mask, like=solution.residual)
             rows.append(torch.stack([constant, solution.converged, solution.iterations]).reshape(3, -1))
             if sum(row.shape[1] for row in rows) >= STRETCHED:
                 break
         if not rows:
             return {}
         constant, converged, iterations = torch.cat(rows, 1).double()
-        return dict(zip(FIXED_POINT, (float(constant.max()), float(converged.mean()), float(iterations.mean()))))
+        found = zip(FIXED_POINT, (float(constant.max()), float(converged.mean()), float(iterations.mean())))
+        return {name: value for name, value in found if not isnan(value)}
+
+    def _stretch(self, elements: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
+        """`check_contraction`; NaN and a warning where it refuses the gains, which is no reason to lose a trained model."""
+        how = self.solve
+        try:
+            return check_contraction(
+                self.model.utility, elements, gains=how.gains, scale=how.scale, mask=mask,
+                generator=generator_for(0, "draws"),
+            )  # fmt: skip
+        except ValueError as error:
+            warnings.warn(f"fixed_point/lipschitz is left out: {error}", FixedPointWarning, stacklevel=2)
+            return torch.full_like(like, torch.nan)
 
     def _cross_entropy(self, elements: Tensor, mask: Tensor | None, chosen: Tensor, seed: int) -> Tensor:
         """`oracle_loss` of the elements that count; where a few steps are unrolled, the last one is taken at those alone."""
@@ -375,10 +382,12 @@ def _joined(examples: Sequence[Example]) -> Example:
     chunks = [example.set.whole() for example in examples]
     elements = torch.cat([chunk.elements for chunk in chunks])
     masks = [
-        torch.ones(chunk.elements.shape[:2], dtype=torch.bool) if chunk.mask is None else chunk.mask for chunk in chunks
+        torch.ones(chunk.elements.shape[:2], dtype=torch.bool, device=elements.device) if chunk.mask is None else chunk.mask
+        for chunk in chunks
     ]
+    chosen = [_membership(example.target, mask) for example, mask in zip(examples, masks)]
     set = InMemory(elements, mask=torch.cat(masks), element_ndim=chunks[0].element_ndim)
-    return Example(set, torch.cat([torch.as_tensor(example.target) for example in examples]))
+    return Example(set, torch.cat(chosen))
 
 
 def _offered(chunk: Chunk) -> Tensor:

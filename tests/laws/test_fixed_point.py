@@ -261,6 +261,23 @@ def test_lipschitz_is_the_spectral_norm_of_the_jacobian():
     slope = 1 - torch.tanh(x @ weight.mT + bias) ** 2
     torch.testing.assert_close(found, torch.linalg.matrix_norm(slope.unsqueeze(-1) * weight, 2), rtol=1e-6, atol=0)
     assert (lipschitz(lambda x: torch.ones_like(x), x) == 0).all()
+    assert (lipschitz(lambda x: x.detach() @ weight.requires_grad_(), x) == 0).all()
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 0.5 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, cotangent):
+        return 0.5 * cotangent
+
+
+def test_a_map_that_is_differentiated_once_has_no_estimate():
+    with pytest.raises(ValueError, match="step: its derivative cannot be differentiated again"):
+        lipschitz(Once.apply, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize(("call", "message"), [

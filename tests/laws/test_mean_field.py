@@ -312,7 +312,7 @@ def test_smoothed_implicit_gradient_is_right_for_every_scale():
         assert (a - b).norm() < 1e-6 * b.norm()
 
 
-@pytest.mark.parametrize("gains", [Drawn(4), Drawn(4, "differences"), Smoothed(4)], ids=repr)
+@pytest.mark.parametrize("gains", [Enumerated(), Drawn(4), Drawn(4, "differences"), Smoothed(4)], ids=repr)
 def test_padding_is_not_seen(gains):
     utility, elements = small(9, n=8, context=True)
     mask = torch.arange(8) < torch.tensor([[8], [5]])
@@ -329,6 +329,23 @@ def test_padding_is_not_seen(gains):
     assert (logits[1, 5:] == 0).all()
     torch.testing.assert_close(logits, other)
     torch.testing.assert_close(grad, other_grad)
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=lambda s: type(s).__name__)
+def test_enumerated_gains_with_padding_are_those_of_the_offer_without_it(scale):
+    utility, elements = small(9, n=7, sets=1, context=True)
+    by_any = UserUtility(lambda x, s, mask=None: utility(x, s, mask).exp())
+    logits = torch.randn(1, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(7).unsqueeze(0) < 4
+    for own in (utility, by_any):
+        found, alone = logits.clone().requires_grad_(), logits[:, :4].clone().requires_grad_()
+        padded = field_step(own, elements, gains=Enumerated(), scale=scale, mask=mask)(found)
+        wanted = field_step(own, elements[:, :4], gains=Enumerated(), scale=scale)(alone)
+        torch.testing.assert_close(padded[:, :4], wanted)
+        assert (padded[:, 4:] == 0).all()
+        slope, wanted_slope = (torch.autograd.grad(x.sin().sum(), y)[0] for x, y in ((padded, found), (wanted, alone)))
+        torch.testing.assert_close(slope[:, :4], wanted_slope)
+        assert (slope[:, 4:] == 0).all()
 
 
 def test_diff_mf_is_the_published_step_on_the_same_subsets():
@@ -392,6 +409,14 @@ def test_the_contraction_check_measures_the_jacobian_and_warns():
         assert (check_contraction(utility, elements, gains=Enumerated(), scale=L2()) < 1).all()
 
 
+def test_what_draws_without_a_second_derivative_allow_to_measure():
+    utility, elements = small()
+    assert (check_contraction(utility, elements, gains=Drawn(3, derivative=None)) == 0).all()
+    assert (check_contraction(utility, elements, gains=Drawn(3, "score")) > 0).all()
+    with pytest.raises(ValueError, match=r"gains: got Drawn\(3, derivative='differences'\), .* wanted Enumerated"):
+        check_contraction(utility, elements, gains=Drawn(3, "differences"))
+
+
 def test_a_cycle_is_named_and_the_loss_stays_finite():
     """A utility that dislikes company strongly: everybody in, everybody out, a cycle of period 2."""
     utility = UserUtility(lambda elements, subsets: 10 * subsets.sum(-1) - 4 * subsets.sum(-1) ** 2)
@@ -438,6 +463,7 @@ PADDED = torch.tensor([[True] * 4, [True, False, False, False]])
     (lambda: Drawn(1), "samples: got 1, wanted at least 2 for 'score'"),
     (lambda: Drawn(5, "exact"), "derivative: got 'exact'"),
     (lambda: Smoothed(0), "samples: got 0"),
+    (lambda: mean_field(small()[0], X.double(), gains=Drawn(1, "differences"), scale=Nuclear()), "samples: got 1 draw with"),
 ])  # fmt: skip
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):

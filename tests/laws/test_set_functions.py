@@ -61,6 +61,32 @@ def test_gains_of_any_utility_are_differences_of_it():
         torch.testing.assert_close(gains[m, i], pair[0] - pair[1], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("as_module", [False, True])
+def test_the_mask_is_handed_to_a_function_that_takes_one(as_module):
+    def shares(elements, subsets, mask=None):
+        h = elements[..., 0] if mask is None else elements[..., 0] * mask
+        return (subsets * h.unsqueeze(-2)).sum(-1) / h.sum(-1, keepdim=True)
+
+    class Module(nn.Module):
+        def forward(self, elements, subsets, mask=None):
+            return shares(elements, subsets, mask)
+
+    utility = UserUtility(Module() if as_module else shares)
+    elements, subsets = torch.rand(2, 5, 1), torch.rand(2, 3, 5) < 0.5
+    mask = torch.arange(5) < torch.tensor([[5], [3]])
+    subsets &= mask.unsqueeze(-2)
+    found = utility.gains(elements, subsets, mask)[1:, :, :3]
+    torch.testing.assert_close(found, utility.gains(elements[1:, :3], subsets[1:, :, :3]))
+
+
+def test_padding_is_refused_where_the_function_takes_no_mask():
+    utility = UserUtility(lambda elements, subsets: subsets.sum(-1))
+    full = torch.ones(2, 4, dtype=torch.bool)
+    assert utility(torch.randn(2, 4, 1), torch.ones(2, 3, 4), full).tolist() == [[4.0] * 3] * 2
+    with pytest.raises(ValueError, match=r"function: takes .elements, subsets. alone, got an offer with padding.*mask=None"):
+        utility(torch.randn(2, 4, 1), torch.ones(2, 3, 4), torch.arange(4) < torch.tensor([[4], [3]]))
+
+
 def test_elements_may_be_images_and_padding_does_not_reach_the_context():
     encoder = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2 * 4 * 4, 5))
     utility = SumUtility(encoder, head(10), context=True, element_ndim=3)
