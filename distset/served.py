@@ -20,6 +20,20 @@ class Served(NamedTuple):
     Attributes:
         task: answers from the encoding of a set; ``task.model.encoder`` makes it, in eval mode.
         elements: what a set consists of.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from distset.tasks.document_models import sse
+        >>> from distset.tasks.documents import document_task
+        >>> task = document_task(20, ["bad", "good"], False, model=partial(sse, width=8, slots=4))
+        >>> served = Served(task, task.elements)
+        >>> served.about()
+        {'classes': ['bad', 'good'], 'element_shape': (1,), 'words': 20}
+        >>> stream = served.task.model.encoder.stream()
+        >>> _ = stream.add(torch.tensor([[3], [0], [19]]))
+        >>> list(served.task.answer(stream.value())["probabilities"])
+        ['bad', 'good']
     """
 
     task: Any
@@ -37,6 +51,24 @@ def load_served(run: RunFolder) -> Served:
     Raises:
         ValueError: for a task that is none, an encoder of several sweeps, one whose value depends on how a set is cut into
             chunks; as `RunFolder.load_task`.
+
+    Example:
+        >>> import tempfile
+        >>> from distset.checkpoints import Checkpoints
+        >>> from distset.problems.runs import train_problem
+        >>> model = {"_target_": "distset.tasks.clustering_models.sse", "_partial_": True, "width": 8}
+        >>> config = {
+        ...     "data": {"examples": {"_target_": "distset.problems.mixtures.mixtures", "sets": [4, 2, 2], "size": 16}},
+        ...     "task": {"_target_": "distset.tasks.clustering.clustering_task", "model": model},
+        ...     "plan": {"_target_": "distset.train.Plan", "epochs": 1},
+        ...     "optim": None,
+        ...     "seed": 0,
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     run = RunFolder.prepare(folder, config)
+        ...     _ = train_problem(config, Checkpoints(run.checkpoints))
+        ...     load_served(run).about()
+        {'element_shape': (2,)}
     """
     if "examples" in run.config["data"]:
         task = load_problem(run)
