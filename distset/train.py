@@ -7,7 +7,8 @@ stream of random numbers. The loss of a step is the mean over its *global* batch
 .. math:: L_t = \frac{1}{|B_t|} \sum_{b \in B_t} \ell(b),
 
 whatever the number of workers: each takes its share of the sets, one after the other, so that memory does not grow with
-the batch, and one all-reduce adds the gradients up. On a CPU a resumed run ends with the same bits.
+the batch, and one all-reduce adds the gradients up. What a model learns without gradients is a mean over the workers. On a
+CPU a resumed run ends with the same bits.
 
 Example:
     >>> import torch
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from distset.build import nearest
+from distset.carried import Carried
 from distset.checkpoints import Checkpoints, check_weights
 from distset.optim import Optimisation
 from distset.seeds import generator_for, seed_for, seeded
@@ -251,6 +253,7 @@ class _Loop:
         self.world = current_world()
         self.optimisation, self.optimiser = optimisation, optimisation.create(task.model)
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
+        self.carried = Carried(task.model)
         self.total = plan.steps(len(train))
         self.step, self.bad, self.stopped = 0, 0, False
         self.losses: list[float] = []  # since the last record
@@ -272,11 +275,13 @@ class _Loop:
         for parameter in self.parameters:
             # Zeros, not None: whether a parameter counts as used must not depend on which process met it.
             parameter.grad = torch.zeros_like(parameter)
+        self.carried.watch()
         with self.world.step():
             loss, elements = self._accumulate(indices)
-        tally = torch.tensor([loss, elements], device=self.parameters[0].device)
+        tally = torch.tensor([loss, elements, *self.carried.written()], device=self.parameters[0].device)
         self.world.add_up([*(p.grad for p in self.parameters if p.grad is not None), tally])
-        loss, elements = tally.tolist()
+        loss, elements, *writers = tally.tolist()
+        self.carried.agree(self.world, writers)
         self._check_finite("loss", loss, indices)
         norm = self.optimisation.step(self.optimiser, self.step, self.total)
         self.norm = float(norm)

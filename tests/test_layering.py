@@ -37,6 +37,7 @@ SPINE = """
     choose
     explain
     world
+    carried
     task
     train
     testing
