@@ -137,12 +137,12 @@ class Past(nn.Module, Baseline):
     model, and to `ScoreFunction`.
 
     Args:
-        n: elements.
+        n: elements of z; where f sees several subsets together, of all of them.
         rate: share of the newly fitted slope that is taken over in each step.
         folds: as in `Ridge`.
 
     Raises:
-        ValueError: for a rate outside of (0, 1], fewer than 2 folds.
+        ValueError: for a rate outside of (0, 1], fewer than 2 folds; on use, for draws of another n.
     """
 
     slope: Tensor
@@ -155,6 +155,9 @@ class Past(nn.Module, Baseline):
         self.register_buffer("slope", torch.zeros(n, dtype=torch.float64))
 
     def fit(self, samples: Samples) -> Surrogate:
+        n = samples.centred.shape[-1]
+        if len(self.slope) != n:
+            raise ValueError(f"n: got {self!r} where a draw has {n} elements, wanted Past(n={n})")
         return _cross_fit(samples, self.folds, lambda train: _coefficient(train, self.slope).unsqueeze(-1) * self.slope)
 
     def update(self, samples: Samples) -> None:

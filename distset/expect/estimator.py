@@ -13,6 +13,11 @@ from distset.subsets import KSubset
 
 __all__ = ["Estimator", "Function", "attach_gradient", "check_samples", "describe"]
 
+NO_GRADIENT = (
+    "f: its values carry no gradient in z, which this estimator needs; return a differentiable function of z in "
+    "torch, or use ScoreFunction(), which needs nothing from f"
+)
+
 
 class Estimator(ABC):
     """A way to get the gradient of ``E f(z)`` in the logits; what it is and needs is said by its attributes.
@@ -65,11 +70,15 @@ class Function:
         """As a call, where z carries a gradient that f must pass on."""
         values = self(z)
         if z.requires_grad and not values.requires_grad:
-            raise ValueError(
-                "f: its values carry no gradient in z, which this estimator needs; return a differentiable function of z in "
-                "torch, or use ScoreFunction(), which needs nothing from f"
-            )
+            raise ValueError(NO_GRADIENT)
         return values
+
+    def slopes(self, values: Tensor, z: Tensor) -> Tensor:
+        """The gradients ``(S, *, n)`` of ``values``, which a call of `differentiable` gave at the leaf ``z``."""
+        (slopes,) = torch.autograd.grad(values.sum(), z, retain_graph=True, allow_unused=True)
+        if slopes is None:  # a gradient they carry is that of parameters alone
+            raise ValueError(NO_GRADIENT)
+        return slopes
 
 
 def check_samples(num_samples: int, least: int, why: str) -> None:

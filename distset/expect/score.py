@@ -43,7 +43,7 @@ class ScoreFunction(Estimator):
         if self.needs_differentiable_f:
             z.requires_grad_()
             values = f.differentiable(z)
-            (slopes,) = torch.autograd.grad(values.sum(), z, retain_graph=True)
+            slopes = f.slopes(values, z)
         else:
             values, slopes = f(z), None
         gradient = score_gradient(values, z, subset, self.baseline, slopes)

@@ -40,6 +40,7 @@ from distset.subsets import ChunkedKSubset, KSubset, relaxed_top_k
 from distset.subsets.gumbel import top_k
 
 N, K = 4, 2
+WEIGHT = torch.tensor(2.0, requires_grad=True)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -440,6 +441,8 @@ def test_without_a_gradient_only_the_mean_is_made() -> None:
         (lambda z: torch.tensor([0.0, 1.0, float("nan")]), 3, None, "f: returned nan for sample 2"),
         (lambda z: np.asarray(z.detach()).sum(-1), 3, Simple(), "f: its values carry no gradient in z"),
         (lambda z: np.asarray(z.detach()).sum(-1), 3, ScoreFunction(Tangent()), "f: its values carry no gradient in z"),
+        (lambda z: WEIGHT * z.detach().sum(-1), 3, ScoreFunction(Tangent()), "f: its values carry no gradient in z"),
+        (quadratic, 3, ScoreFunction(Past(5)), r"n: got Past\(n=5, .* where a draw has 6 elements, wanted Past\(n=6\)"),
     ],
 )
 def test_bad_input(f, num_samples, estimator, message: str) -> None:
