@@ -1,4 +1,4 @@
-"""The how-tos' Python runs as it stands, and the site's pages and modules exist."""
+"""The how-tos' Python and settings run as they stand, and the site's pages and modules exist."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from distset.runs import RunFolder
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUN = ["how-to/encoder.md", "how-to/task.md", "how-to/solver.md"]
@@ -27,6 +29,26 @@ def test_python_of_a_how_to_runs(page, tmp_path):
     (tmp_path / "page.py").write_text(code)
     done = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_problem_of_the_how_to_trains_by_its_command(tmp_path):
+    page = DOCS / "how-to" / "task.md"
+    (tmp_path / "mine.py").write_text(blocks(page))
+    files = dict(re.findall(r"`(settings/\S+\.yaml)`[^`]*?\n\n```yaml\n(.*?)```", page.read_text(), re.DOTALL))
+    assert set(files) == {"settings/data/mine.yaml", "settings/task/mine.yaml"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    first = re.findall(r"^python -m (jobs\.train .*)$", page.read_text(), re.MULTILINE)[0]
+    short = ["data.examples.sets=60", "plan.epochs=1", "run.plots=false", "run.bar=false"]
+    done = subprocess.run(
+        [sys.executable, "-m", *first.split(), *short], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    run = RunFolder(tmp_path / "runs" / "mine")
+    assert run.config["task"] == {"_target_": "mine.task", "width": 32}
+    assert run.config["data"] == {"name": "mine", "examples": {"_target_": "mine.parts", "sets": 60, "seed": 0}}
+    assert run.metrics["examples"] == {"train": 20, "val": 20, "test": 20}
 
 
 def test_every_page_of_the_site_is_there_and_every_module_imports():
