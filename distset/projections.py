@@ -19,8 +19,10 @@ Reference:
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -28,21 +30,22 @@ from torch.autograd.function import once_differentiable
 from distset.solvers.base import FunctionSolver, Solver
 
 __all__ = [
-    "Plane", "Projection", "Projector", "project_mean", "project_norm", "project_plane", "project_std", "projection_for",
+    "Plane", "Projection", "Projector", "mask_of", "project_mean", "project_norm", "project_plane", "project_std",
+    "projection_for",
 ]  # fmt: skip
 
 
 class Plane(NamedTuple):
     """``Identity(projection=Plane(a))``: project along ``a``, for which ``<a, y>`` is the same for all structures."""
 
-    normal: Tensor
+    normal: Tensor | np.ndarray
 
 
 Projection = Literal["auto", "none", "mean", "norm", "std"] | Plane
 ONES = torch.ones((), dtype=torch.float64)
 
 
-def project_plane(cost: Tensor, normal: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
+def project_plane(cost: Tensor, normal: Tensor | np.ndarray, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
     """``cost - <a, cost> / |a|^2 a``: what is left within the hyperplane of normal ``a``.
 
     Args:
@@ -52,7 +55,8 @@ def project_plane(cost: Tensor, normal: Tensor, *, ndim: int = 1, mask: Tensor |
         mask: bool ``(*instance)``; entries outside count as if they were not there, and become 0.
 
     Raises:
-        ValueError: for a normal that is 0 wherever the mask lets it be seen.
+        ValueError: for a normal that is not finite, or 0 wherever the mask lets it be seen; for a normal or a mask that does
+            not fit an instance, a mask that is not bool.
 
     Example:
         >>> import torch
@@ -60,7 +64,7 @@ def project_plane(cost: Tensor, normal: Tensor, *, ndim: int = 1, mask: Tensor |
         >>> project_plane(torch.tensor([3.0, 1.0]), torch.tensor([1.0, 0.0]))
         tensor([0., 1.])
     """
-    return Projector(normal, False, ndim, mask)(cost)
+    return Projector(_normal("normal", normal), False, ndim, mask)(cost)
 
 
 def project_mean(cost: Tensor, *, ndim: int = 1, mask: Tensor | None = None) -> Tensor:
@@ -102,13 +106,17 @@ class Projector:
         ndim, mask: as in `project_plane`.
     """
 
-    def __init__(self, normal: Tensor | None, unit: bool, ndim: int, mask: Tensor | None = None) -> None:
+    def __init__(self, normal: Tensor | None, unit: bool, ndim: int, mask: Tensor | np.ndarray | None = None) -> None:
         self.normal = None if normal is None else normal.detach()
-        self.unit, self.mask, self.dims = unit, mask, tuple(range(-ndim, 0))
+        self.mask = None if mask is None else _bool("mask", mask)
+        self.unit, self.dims = unit, tuple(range(-ndim, 0))
         self.level = self.normal is not None and mask is None and self.normal.ndim == 0 and bool(self.normal != 0)
 
     def __call__(self, cost: Tensor) -> Tensor:
         """Of ``cost (*, *instance)``, in the same shape."""
+        for name, tensor in (("normal", self.normal), ("mask", self.mask)):
+            if tensor is not None:
+                _fit(name, tensor, tuple(cost.shape[-len(self.dims) :]))
         if self.normal is None and not self.unit:
             return self._masked(cost)
         return _Project.apply(cost, self)
@@ -167,30 +175,82 @@ def projection_for(projection: Projection, solver: Solver, instance: tuple[int, 
     Raises:
         ValueError: for a projection that would change the solver's solutions, with the reason.
     """
-    normal, unit = _parts(projection, solver)
-    ndim, declared = len(instance), solver.mask_for(instance)
-    mask = None if declared is None else torch.as_tensor(declared)
+    normal, unit = _parts(projection, solver, instance)
+    mask = mask_of(solver, instance)
     reason = _invalid(normal, unit, solver, instance, mask)
     if reason:
         raise ValueError(f"projection: got {projection!r} for {solver}, which it does not allow: {reason}")
-    return Projector(normal, unit, ndim, mask)
+    return Projector(normal, unit, len(instance), mask)
+
+
+def mask_of(solver: Solver, instance: tuple[int, ...]) -> Tensor | None:
+    """The mask that a solver declares for instances of this shape.
+
+    Raises:
+        ValueError: for one that is not bool, or does not fit.
+    """
+    declared = solver.mask_for(instance)
+    if declared is None:
+        return None
+    name = f"mask: that of {solver}"
+    return _fit(name, _bool(name, declared), instance)
 
 
 def check_projection(projection: Projection) -> Projection:
     """Raise ValueError for what is no projection at all."""
-    if isinstance(projection, Plane) or projection in ("auto", "none", "mean", "norm", "std"):
+    if isinstance(projection, Plane):
+        _normal("projection", projection.normal)
+        return projection
+    if isinstance(projection, str) and projection in ("auto", "none", "mean", "norm", "std"):
         return projection
     raise ValueError(f"projection: got {projection!r}, wanted 'auto', 'none', 'mean', 'norm', 'std' or Plane(normal)")
 
 
-def _parts(projection: Projection, solver: Solver) -> tuple[Tensor | None, bool]:
+def _parts(projection: Projection, solver: Solver, instance: tuple[int, ...]) -> tuple[Tensor | None, bool]:
     """The normal that is taken out (None: none), and whether the norm is."""
     if isinstance(projection, Plane):
-        return projection.normal, False
+        return _fit("projection", _normal("projection", projection.normal), instance), False
     if projection == "auto":  # all that the declaration allows
-        plane = solver.hyperplane is not None and not solver.nonnegative
-        return (torch.as_tensor(solver.hyperplane, dtype=torch.float64) if plane else None), solver.scale_free
+        return (None if solver.nonnegative else _hyperplane(solver, instance)), solver.scale_free
     return (ONES if projection in ("mean", "std") else None), projection in ("norm", "std")
+
+
+def _hyperplane(solver: Solver, instance: tuple[int, ...]) -> Tensor | None:
+    if solver.hyperplane is None:
+        return None
+    if isinstance(solver.hyperplane, (int, float)) and isfinite(solver.hyperplane):
+        return torch.tensor(solver.hyperplane, dtype=torch.float64)  # at every step: without the checks of arrays
+    name = f"hyperplane: that of {solver}"
+    return _fit(name, _normal(name, solver.hyperplane).double(), instance)
+
+
+def _normal(name: str, given: Any) -> Tensor:
+    """A normal from a tensor, an array or a number; no gradient goes to it."""
+    try:
+        normal = torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: got {given!r} as a normal, wanted a tensor, an array or a number") from None
+    if not normal.isfinite().all():
+        raise ValueError(f"{name}: got a normal with NaN or infinite entries, wanted the normal of a hyperplane")
+    return normal
+
+
+def _bool(name: str, given: Any) -> Tensor:
+    mask = torch.as_tensor(given)
+    if mask.dtype != torch.bool:
+        raise ValueError(f"{name}: got {mask.dtype}, wanted torch.bool, True for the entries that count; give mask != 0")
+    return mask
+
+
+def _fit(name: str, tensor: Tensor, instance: tuple[int, ...]) -> Tensor:
+    """The tensor, where it broadcasts to an instance."""
+    pairs = zip(reversed(tensor.shape), reversed(instance))
+    if tensor.ndim > len(instance) or not all(size in (1, wanted) for size, wanted in pairs):
+        raise ValueError(
+            f"{name}: got shape {tuple(tensor.shape)}, wanted {instance}, the shape of an instance, or one that broadcasts "
+            "to it"
+        )
+    return tensor
 
 
 def _invalid(
@@ -203,15 +263,15 @@ def _invalid(
         return None
     if solver.nonnegative:
         return "taking out a mean makes costs negative, which it forbids; choose 'norm'"
-    if solver.hyperplane is None and isinstance(solver, FunctionSolver) and normal.ndim > 0:
+    wanted = _hyperplane(solver, instance)
+    if wanted is None and isinstance(solver, FunctionSolver) and normal.ndim > 0:
         return None  # a normal given by the caller is a declaration
-    if solver.hyperplane is None:
+    if wanted is None:
         return (
             "it declares no hyperplane (the sum over a structure's entries is not the same for all structures, or nobody "
             "said so); choose 'norm', or declare it: FunctionSolver(fn, hyperplane=1.0)"
         )
-    wanted = torch.as_tensor(solver.hyperplane, dtype=torch.float64).broadcast_to(instance)
-    given = normal.to("cpu", torch.float64).broadcast_to(instance)
+    wanted, given = (n.to("cpu", torch.float64).broadcast_to(instance) for n in (wanted, normal))
     if mask is not None:
         wanted, given = wanted * mask, given * mask
     lengths = wanted.square().sum() * given.square().sum()

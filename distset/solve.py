@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distset.noise import Noise
-from distset.projections import Projection, Projector, check_projection, projection_for
+from distset.projections import Projection, Projector, check_projection, mask_of, projection_for
 from distset.seeds import generator_for
 from distset.solvers.base import Solver, Status, TensorSolver, as_solver, check_costs, solve_checked, solve_tensor_checked
 
@@ -153,8 +153,8 @@ class Problem(NamedTuple):
         return 1.0 if self.solver.sense == "min" else -1.0
 
     def masked(self, cost: Tensor) -> Tensor:
-        mask = self.solver.mask_for(tuple(cost.shape[1:]))
-        return cost if mask is None else torch.where(torch.as_tensor(mask, device=cost.device), cost, 0.0)
+        mask = mask_of(self.solver, tuple(cost.shape[1:]))
+        return cost if mask is None else torch.where(mask.to(cost.device), cost, 0.0)
 
     def run(self, cost: Tensor) -> tuple[Tensor, Tensor | None]:
         """Call the solver once: solutions, and which instances were left out (None: not one)."""

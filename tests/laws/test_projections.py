@@ -1,5 +1,6 @@
 """Projections: idempotent, orthogonal to what they take away, silent where the cost has no direction."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from distset.projections import (
     project_std,
     projection_for,
 )
+from distset.solve import Identity, solve
 from distset.solvers import FunctionSolver, Ranking, TopK
 
 NORMAL = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -132,6 +134,46 @@ def test_a_plane_given_by_the_caller_declares_a_bare_function():
 def test_zero_normal():
     with pytest.raises(ValueError, match=r"^normal: got the zero vector"):
         project_plane(torch.ones(3), torch.zeros(3))
+
+
+def test_a_plane_of_an_array_is_that_of_a_tensor():
+    w, normal = torch.randn(5, 3), np.array([1.0, 2.0, 3.0])
+    wanted = project_plane(w, torch.from_numpy(normal))
+    torch.testing.assert_close(project_plane(w, normal), wanted)
+    torch.testing.assert_close(projection_for(Plane(normal), FunctionSolver(one_hot_of_least), (3,))(w), wanted)
+    assert solve(w, one_hot_of_least, grad=Identity(Plane(normal))).sum() == 5
+
+
+def bare(**declared):
+    return FunctionSolver(one_hot_of_least, **declared)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: project_plane(w, torch.ones(4)), r"normal: got shape \(4,\), wanted \(3,\), the shape of an instance"),
+        (lambda w: project_plane(w, torch.ones(2, 3)), r"normal: got shape \(2, 3\), wanted \(3,\)"),
+        (lambda w: project_plane(w, torch.tensor([1, torch.nan, 1])), "normal: got a normal with NaN"),
+        (lambda w: project_mean(w, mask=torch.ones(4, dtype=torch.bool)), r"mask: got shape \(4,\), wanted \(3,\)"),
+        (lambda w: project_norm(w, mask=torch.ones(2, 3, dtype=torch.bool)), r"mask: got shape \(2, 3\), wanted \(3,\)"),
+        (lambda w: project_norm(w, mask=torch.ones(3)), "mask: got torch.float32, wanted torch.bool"),
+        (lambda w: solve(w, TopK(1), grad=Identity(Plane(torch.ones(4)))), r"projection: got shape \(4,\), wanted \(3,\)"),
+        (lambda w: solve(w, bare(), grad=Identity(Plane(np.ones(4)))), r"projection: got shape \(4,\), wanted \(3,\)"),
+        (lambda w: Identity(Plane("mean")), "projection: got 'mean' as a normal, wanted a tensor"),
+        (lambda w: Identity(np.ones(3)), r"projection: got array\(.*, wanted 'auto'"),
+        (lambda w: solve(w, bare(hyperplane=np.ones(4))), r"hyperplane: that of FunctionSolver.* \(4,\), wanted \(3,\)"),
+        (lambda w: solve(w, bare(hyperplane=np.ones(4)), grad=Identity("mean")), "hyperplane: that of FunctionSolver"),
+        (lambda w: solve(w, bare(hyperplane="sum")), "hyperplane: that of FunctionSolver.* got 'sum' as a normal"),
+        (lambda w: solve(w, bare(mask=np.ones(4, bool))), r"mask: that of FunctionSolver.* \(4,\), wanted \(3,\)"),
+        (
+            lambda w: solve(w, bare(mask=np.array([1, 0, 1]))),
+            "mask: that of FunctionSolver.* torch.int64, wanted torch.bool",
+        ),
+    ],
+)
+def test_what_does_not_fit_an_instance_is_named(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        call(torch.randn(2, 3))
 
 
 def test_a_second_derivative_is_refused():
