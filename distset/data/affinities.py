@@ -15,8 +15,9 @@ import csv
 import gzip
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -48,25 +49,36 @@ def read_affinities(path: str | Path) -> Affinities:
     """A CSV table with the columns ``drug``, ``target``, ``affinity``; repeated pairs are averaged.
 
     Raises:
-        ValueError: for missing columns, an affinity that is no finite number.
+        ValueError: for a file that is no text, missing columns, an affinity that is no finite number.
     """
     found: dict[tuple[str, str], list[float]] = {}
-    with open(path, newline="") as file:
-        rows = csv.DictReader(file)
-        if missing := {"drug", "target", "affinity"} - set(rows.fieldnames or ()):
-            raise ValueError(f"path: {path} has no column {', '.join(sorted(missing))}, wanted drug, target, affinity")
-        for number, row in enumerate(rows, 2):
-            try:
-                strength = float(row["affinity"])
-            except (TypeError, ValueError):
-                strength = np.nan
-            if not np.isfinite(strength):
-                raise ValueError(f"path: line {number} of {path} has affinity {row['affinity']!r}, wanted a finite number")
-            found.setdefault((row["drug"], row["target"]), []).append(strength)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            for pair, strength in _rows(path, file):
+                found.setdefault(pair, []).append(strength)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"path: {path} is no table in text ({error}), wanted CSV with the columns drug, target, affinity; a pickle or "
+            f"another binary file is exported by the tool that wrote it, for example pandas' to_csv"
+        ) from error
     drugs, targets = (sorted({pair[side] for pair in found}) for side in (0, 1))
     where = [{name: i for i, name in enumerate(names)} for names in (drugs, targets)]
     pairs = torch.tensor([[where[0][drug], where[1][target]] for drug, target in found])
     return Affinities(drugs, targets, pairs, torch.tensor([float(np.mean(own)) for own in found.values()]))
+
+
+def _rows(path: str | Path, file: TextIO) -> Iterator[tuple[tuple[str, str], float]]:
+    rows = csv.DictReader(file)
+    if missing := {"drug", "target", "affinity"} - set(rows.fieldnames or ()):
+        raise ValueError(f"path: {path} has no column {', '.join(sorted(missing))}, wanted drug, target, affinity")
+    for number, row in enumerate(rows, 2):
+        try:
+            strength = float(row["affinity"])
+        except (TypeError, ValueError):
+            strength = np.nan
+        if not np.isfinite(strength):
+            raise ValueError(f"path: line {number} of {path} has affinity {row['affinity']!r}, wanted a finite number")
+        yield (row["drug"], row["target"]), strength
 
 
 def read_davis(folder: str | Path) -> Affinities:

@@ -126,8 +126,8 @@ def registry_offers(
         rest: how the items beside S* are found: ``"random"`` (the paper's text) or ``"least-similar"`` (the authors'
             code: lowest cosine to the mean of the chosen items' features; for "factors", of their co-occurrence).
         size: N, 30 as published.
-        features: of the items ``(M, D)``; `factors` or `cooccurrence` of the training third by name; ``"ids"`` for
-            one-hot vectors.
+        features: of the items ``(M, D)``, also of items that no registry names, which are offered beside them; `factors`
+            or `cooccurrence` of the training third by name; ``"ids"`` for one-hot vectors.
         fold: 0, 1 or 2; the thirds change places. The order of the registries is shuffled by ``seed`` first (the
             published split follows the file).
         seed: of the order and the offers.
@@ -137,13 +137,14 @@ def registry_offers(
     """
     if rest not in RULES or fold not in (0, 1, 2):
         raise ValueError(f"rest, fold: got {rest!r}, {fold}, wanted one of {', '.join(RULES)} and a fold of 0, 1, 2")
-    items = 1 + max(max(ids) for ids in registries)
+    named = 1 + max(max(ids) for ids in registries)
+    items = max(named, len(features)) if isinstance(features, Tensor) else named
     if items < size or max(map(len, registries)) >= size or len(registries) < 3:
         raise ValueError(f"size: got {size} of {items} items, wanted more than any registry and no more than the items")
     order = np.random.default_rng(seed_for(seed, "registry order")).permutation(len(registries))
     thirds = np.array_split(order, 3)
     parts = [[list(registries[i]) for i in thirds[(fold + k) % 3]] for k in range(3)]
-    codes = _features(features, parts[0], items)
+    codes = _features(features, parts[0], named)
     likeness = cooccurrence(parts[0], items) if isinstance(features, str) and features == "factors" else codes
     offers = [_offers(ids, codes, likeness, rest, size, seed_for(seed, "offer", fold, k)) for k, ids in enumerate(parts)]
     counts = torch.bincount(torch.tensor([i for ids in parts[0] for i in ids]), minlength=items).float()
@@ -157,15 +158,19 @@ def convert_features(pickled: str | Path, target: str | Path) -> Path:
     The pickle may hold numbers, lists, tuples and dicts; whatever would import a name is refused.
 
     Raises:
-        ValueError: for a pickle that asks for more, or does not map ids 1..M to vectors of one length.
+        ValueError: for a pickle that asks for more, is damaged, or does not map ids 1..M to vectors of one length of
+            finite numbers.
     """
-    with Path(pickled).open("rb") as file:
-        found = _NumbersOnly(file).load()
+    found = _numbers(Path(pickled))
     try:
         table = np.array([found[i + 1] for i in range(len(found))], dtype=np.float32)
-        assert table.ndim == 2
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"pickled: {pickled} does not map ids 1..M to vectors of one length") from error
+    if table.ndim != 2:
+        raise ValueError(
+            f"pickled: {pickled} does not map ids 1..M to vectors of one length, but to shape {table.shape[1:]}"
+        )
+    _check_finite("pickled", pickled, table)
     pa, parquet = need("pyarrow"), need("pyarrow.parquet")
     column = pa.FixedSizeListArray.from_arrays(pa.array(table.reshape(-1)), table.shape[1])
     parquet.write_table(pa.table({"id": np.arange(1, len(table) + 1), "feature": column}), str(target))
@@ -173,17 +178,49 @@ def convert_features(pickled: str | Path, target: str | Path) -> Path:
 
 
 def read_features(path: str | Path) -> Tensor:
-    """Item features ``(M, D)`` that `convert_features` wrote."""
+    """Item features ``(M, D)`` that `convert_features` wrote.
+
+    Raises:
+        ValueError: for a pickle, features that are not finite.
+    """
     _refuse_pickle(Path(path))
     table = need("pyarrow.parquet").read_table(str(path)).sort_by("id")
-    return torch.tensor(np.stack(table["feature"].to_numpy(zero_copy_only=False)), dtype=torch.float32)
+    features = np.stack(table["feature"].to_numpy(zero_copy_only=False))
+    _check_finite("path", path, features)
+    return torch.tensor(features, dtype=torch.float32)
+
+
+def _check_finite(name: str, path: str | Path, table: np.ndarray) -> None:
+    bad = np.flatnonzero(~np.isfinite(table).all(1))
+    if len(bad):
+        raise ValueError(
+            f"{name}: {path} has features that are NaN or infinite for {len(bad)} of {len(table)} items, id {bad[0] + 1} "
+            f"the first, wanted finite numbers; fill them in, or give these items zeros"
+        )
+
+
+def _numbers(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return _NumbersOnly(file).load()
+    except (OSError, _RefusedError):
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ValueError(
+            f"pickled: {path} cannot be read ({type(error).__name__}: {error}), wanted a whole pickle of a dict from ids to "
+            f"numbers; is it damaged, cut off, or no pickle?"
+        ) from error
+
+
+class _RefusedError(ValueError):
+    """What a pickle asks for is not given."""
 
 
 class _NumbersOnly(pickle.Unpickler):
     """Plain containers and numbers: those need no names, and every name is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise ValueError(
+        raise _RefusedError(
             f"pickled: asks to import {module}.{name}, which could run anything; only plain dicts, lists and numbers are "
             f"read. Load it in a place you trust and save lists instead"
         )

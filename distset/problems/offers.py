@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from distset.data.idx_images import read_idx_folder
 from distset.data.published_offers import published_gaussian_offers, published_moons_offers
 from distset.data.registry import read_features, read_registries, registry_offers
 from distset.data.synthetic_offers import anomaly_offers, gaussian_offers, gaussian_ratio, moons_offers, moons_ratio
-from distset.offers import Offers
+from distset.offers import Offers, check_offer
 from distset.seeds import generator_for, seed_for
 from distset.sets import InMemory
 from distset.train import Example, Parts
@@ -88,17 +89,44 @@ def cells(
 ) -> Parts:
     """Odd ones out among vectors, such as cells by type: an ``npz`` with ``elements (M, D)`` and classes ``labels (M)``.
 
-    The elements are divided over training, validation and test (6 : 2 : 2), so that none is met twice.
+    The elements are divided over training, validation and test (6 : 2 : 2), so that none is met twice. Classes may be
+    numbers or names.
+
+    Raises:
+        ValueError: for a file that is no ``npz``, holds Python objects, or lacks an array; for vectors that are not finite.
     """
-    with np.load(path, allow_pickle=False) as file:
-        if missing := {elements, labels} - set(file.files):
-            raise ValueError(f"path: {path} has no array {sorted(missing)}, it has {', '.join(file.files)}")
-        pool, kinds = torch.tensor(file[elements], dtype=torch.float32), torch.tensor(file[labels]).long()
+    pool, kinds = _read_cells(path, elements, labels)
     made = [
         anomaly_offers(pool[own], kinds[own], sets=sets, size=size, chosen=chosen, seed=seed_for(seed, "offers", part))
         for part, own in enumerate(_divide(len(pool), seed))
     ]
     return _parts(made, {"dim": pool.shape[1]})
+
+
+def _read_cells(path: str, elements: str, labels: str) -> tuple[Tensor, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := {elements, labels} - set(file.files):
+                raise KeyError(f"has no array {sorted(missing)}, it has {', '.join(file.files)}")
+            vectors, names = file[elements], file[labels]
+    except KeyError as error:
+        raise ValueError(f"path: {path} {error.args[0]}") from None
+    except (ValueError, AttributeError, TypeError, BadZipFile, EOFError) as error:
+        raise ValueError(
+            f"path: {path} cannot be read ({error}), wanted an npz of plain arrays: what is pickled could run anything. "
+            f"Load it once in a place you trust, and save numpy.savez(target, {elements}=vectors.astype('float32'), "
+            f"{labels}=classes.astype('str'))"
+        ) from error
+    if vectors.ndim != 2 or names.shape != vectors.shape[:1] or vectors.dtype.kind not in "fiub":
+        raise ValueError(
+            f"path: {path} has {elements} {vectors.dtype} {vectors.shape} and {labels} {names.shape}, wanted numbers (M, D) "
+            f"and classes (M)"
+        )
+    if bad := int((~np.isfinite(vectors).all(1)).sum()):
+        raise ValueError(
+            f"path: {path} has {bad} of {len(vectors)} rows of {elements} that are NaN or infinite; clean or drop them"
+        )
+    return torch.tensor(vectors, dtype=torch.float32), torch.tensor(np.unique(names, return_inverse=True)[1])
 
 
 def images(
@@ -200,6 +228,8 @@ def _with_truth(parts: Parts, ratio: Callable[[Tensor], Tensor], test: Offers) -
 
 def _parts(made: list[Offers], facts: dict[str, Any], vectors: list[Offers] | None = None) -> Parts:
     """The parts; ``vectors`` are the same offers for the classifier, where their elements are no vectors."""
+    for name, offers in zip(("training", "validation", "test"), made, strict=True):
+        _check(name, offers)
     train, val, test = made
     seen, _, asked = vectors or made
     scores = torch.rand(test.chosen.shape, generator=generator_for(0, "random choice"))
@@ -208,6 +238,16 @@ def _parts(made: list[Offers], facts: dict[str, Any], vectors: list[Offers] | No
         {"random": _jaccard(scores, test), "classifier": _jaccard(_classify(seen, asked), test)},
         {"offers": test.rule, "baseline/classifier": "logistic regression of elements on their own, which sees no offer"},
     )  # fmt: skip
+
+
+def _check(part: str, offers: Offers) -> None:
+    for start in range(0, len(offers.chosen), GROUP):
+        own = slice(start, start + GROUP)
+        elements, mask = offers.elements[own], None if offers.mask is None else offers.mask[own]
+        try:
+            check_offer(elements, offers.chosen[own], mask, element_ndim=elements.dim() - 2)
+        except ValueError as error:
+            raise ValueError(f"{error} (of the {part} offers from {start} on)") from None
 
 
 def _classify(train: Offers, test: Offers) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 import struct
 
 import numpy as np
@@ -13,7 +14,8 @@ from PIL import Image
 from distset.data.affinities import affinity_offers, letter_groups, read_affinities, read_davis
 from distset.data.celeba import celeba_offers
 from distset.data.idx_images import read_idx, read_idx_folder
-from distset.problems.offers import cells, compounds
+from distset.data.synthetic_offers import gaussian_offers
+from distset.problems.offers import _parts, cells, compounds
 
 
 def write_idx(path, array: np.ndarray) -> None:
@@ -78,6 +80,12 @@ def test_bad_tables_of_affinities(tmp_path, table, said):
         read_affinities(tmp_path / "table.csv")
 
 
+def test_a_pickle_of_affinities_is_no_table(tmp_path):
+    (tmp_path / "table.pkl").write_bytes(pickle.dumps({"drug": ["C"], "target": ["M"], "affinity": [1.0]}))
+    with pytest.raises(ValueError, match=r"path: .*table.pkl is no table in text .*wanted CSV .*to_csv"):
+        read_affinities(tmp_path / "table.pkl")
+
+
 def test_davis(data_folder):
     if not (data_folder / "davis").is_dir():
         pytest.skip(f"no folder {data_folder / 'davis'}")
@@ -108,6 +116,46 @@ def test_cells_are_met_in_one_part_only(tmp_path):
     assert not met[0] & met[1] and not met[0] & met[2] and not met[1] & met[2]  # noqa: PT018
     with pytest.raises(ValueError, match=r"has no array \['other'\], it has X_pca, label"):
         cells(str(tmp_path / "cells.npz"), elements="other")
+
+
+def test_classes_of_cells_may_be_names(tmp_path):
+    x, kinds = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32), np.arange(100) % 3
+    found = []
+    for labels in (kinds, np.array(["B cell", "NK", "T cell"])[kinds]):
+        np.savez(tmp_path / "cells.npz", X_pca=x, label=labels)
+        found.append(cells(str(tmp_path / "cells.npz"), sets=4, size=6, chosen=(1, 2)).train)
+    assert all(torch.equal(a.set.elements, b.set.elements) and torch.equal(a.target, b.target) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize(("arrays", "said"), [
+    ({"label": np.array(["a", None] * 20, dtype=object)}, r"cannot be read .*wanted an npz .*numpy\.savez\(target, X_pca="),
+    ({"X_pca": np.full((40, 3), np.nan)}, "has 40 of 40 rows of X_pca that are NaN"),
+    ({"X_pca": np.where(np.eye(40, 3), np.inf, 0.0)}, "has 3 of 40 rows of X_pca that are NaN or infinite"),
+    ({"label": np.zeros(39)}, r"has X_pca float64 \(40, 3\) and label \(39,\), wanted numbers"),
+    ({"X_pca": np.full((40, 3), "x")}, r"has X_pca <U1 \(40, 3\)"),
+])  # fmt: skip
+def test_bad_cells_are_named(tmp_path, arrays, said):
+    np.savez(tmp_path / "cells.npz", **{"X_pca": np.zeros((40, 3)), "label": np.arange(40) % 2, **arrays})
+    with pytest.raises(ValueError, match=f"path: .*cells.npz {said}"):
+        cells(str(tmp_path / "cells.npz"))
+
+
+def test_a_file_that_is_no_npz_is_named(tmp_path):
+    (tmp_path / "cells.npz").write_bytes(pickle.dumps({"X_pca": [[0.0]]}))
+    np.save(tmp_path / "cells.npy", np.zeros((4, 2)))
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
+    for name in ("cells.npz", "cells.npy", "cut.npz"):
+        with pytest.raises(ValueError, match=f"path: .*{name} cannot be read .*wanted an npz of plain arrays"):
+            cells(str(tmp_path / name))
+
+
+def test_offers_are_checked_before_anything_is_fitted():
+    offers = gaussian_offers(4, size=8, chosen=2)
+    offers.elements[2, 3] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"elements: 1 of 32 have features that are NaN.*of the validation offers from 0 on"
+    ):
+        _parts([gaussian_offers(4, size=8, chosen=2), offers, offers], {})
 
 
 def test_faces_without_two_attributes_of_the_others(tmp_path):

@@ -134,6 +134,19 @@ def test_the_least_similar_rest_is_the_least_similar():
         assert similarity[~own].max() <= out.min() + 1e-6
 
 
+@pytest.mark.parametrize("rest", ["random", "least-similar"])
+def test_items_that_no_registry_names_are_offered_beside_them(rest):
+    features = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    parts = registry_offers(REGISTRIES, rest=rest, size=12, features=features)
+    named = (parts.test.elements.unsqueeze(-2) == features[:10]).all(-1).any(-1)
+    assert named[parts.test.chosen].all()
+    assert not named.all()
+    assert (parts.popular[~named] == 0).all()
+    assert (parts.popular[parts.test.chosen] > 0).any()
+    with pytest.raises(ValueError, match="features: got 9 rows for 10 items"):
+        registry_offers(REGISTRIES, rest=rest, size=8, features=features[:9])
+
+
 def test_cooccurrence_looks_at_its_registries_alone():
     features = cooccurrence([[0, 1], [0, 1], [2, 3]], 5)
     assert features[0, 1] > 0
@@ -175,6 +188,25 @@ def test_pickles_are_refused_and_converted_without_running_them(tmp_path):
         convert_features(evil, tmp_path / "evil.parquet")
     assert not (tmp_path / "ran").exists()
     assert read_features(convert_features(plain, tmp_path / "f.parquet")).tolist() == [[1.0, 2.0], [3.0, 4.0]]
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (pickle.dumps({1: [1.0, 2.0], 2: [3.0, float("nan")]}), r"NaN or infinite for 1 of 2 items, id 2 the first"),
+    (pickle.dumps({1: [1.0, 2.0]})[:-4], "cannot be read .*damaged, cut off, or no pickle"),
+    (b"id,feature", "cannot be read .*damaged, cut off, or no pickle"),
+    (b"", "cannot be read .EOFError"),
+    (pickle.dumps({1: 1.0}), "does not map ids 1..M to vectors of one length, but to"),
+    (pickle.dumps([[1.0], [2.0]]), "does not map ids 1..M"),
+    (pickle.dumps(7), "does not map ids 1..M"),
+])  # fmt: skip
+def test_bad_pickles_are_named(tmp_path, content, message):
+    path = tmp_path / "features.pkl"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=f"pickled: .*features.pkl {message}|pickled: .*features.pkl has features .*{message}"
+    ):
+        convert_features(path, tmp_path / "f.parquet")
+    assert not (tmp_path / "f.parquet").exists()
 
 
 @pytest.mark.parametrize(("text", "message"), [
