@@ -52,7 +52,7 @@ class Row(NamedTuple):
     Attributes:
         name: of the method or setting.
         config: the resolved configuration of ``jobs.train``, with its ``seeds`` and ``folds``.
-        published: by figure, what the paper reports.
+        published: by figure, what the paper reports or what is wanted; the name of another row wants what that one has.
         command: what a user types to get this row.
         evaluate: a configuration of ``jobs.evaluate`` (of any run): the row also has ``elements/attention``,
             ``elements/contribution`` and ``elements/alone``, see `distset.bags.evaluate.find_elements`; None for no such.
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
     name: str
     config: dict[str, Any]
-    published: dict[str, float]
+    published: dict[str, float | str]
     command: str
     evaluate: dict[str, Any] | None = None
 
@@ -198,7 +198,8 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
         figures.append({**final_figures(metrics), **({} if row.evaluate is None else _of_elements(row.evaluate, own))})
         steps.append(metrics["steps"])
         baselines.append(metrics.get("baselines", {}))
-    gathered = {key: [own[key] for own in figures if own.get(key) is not None] for key in figures[0]}
+    keys = [key for key in figures[0] if any(own.get(key) is not None for own in figures)]
+    gathered = {key: [own.get(key) for own in figures] for key in keys}
     return {
         "values": gathered,
         "steps": [min(steps), max(steps)],
@@ -218,18 +219,24 @@ def _of_elements(config: Mapping[str, Any], run: Path) -> dict[str, float]:
 
 def _section(table: Mapping[str, Any], pictures: Sequence[str]) -> str:
     figures: dict[str, str] = table["figures"]
+    values = {row["name"]: row["values"] for row in table["rows"]}
     head = ["", *figures.values(), "published or wanted", "verdict", "runs", "steps", "CPU min"]
     lines = [f"## {table['title']}", table["text"].strip(), "", _line(head), _line(["---"] * len(head))]
     for row in table["rows"]:
         shown = [_spread(row["values"].get(key, [])) for key in figures]
-        published = ", ".join(f"{value:g}" for value in row["published"].values())
-        verdicts = [verdict(row["values"].get(k, []), v, k in table["lower"]) for k, v in row["published"].items()]
+        published = ", ".join(
+            f"as {wanted}" if isinstance(wanted, str) else f"{wanted:g}" for wanted in row["published"].values()
+        )
+        verdicts = [
+            verdict(row["values"].get(key, []), _wanted(wanted, key, values), key in table["lower"])
+            for key, wanted in row["published"].items()
+        ]
         if not row["values"]:
             lines.append(_line([row["name"], *shown, published, "not measured", "0", "", ""]))
             continue
         low, high = row["steps"]
         minutes = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds'] / 60:.1f}"
-        runs = str(max(len(values) for values in row["values"].values()))
+        runs = str(max(len(own) for own in row["values"].values()))
         steps = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         lines.append(_line([row["name"], *shown, published, ", ".join(verdicts), runs, steps, minutes]))
     lines += _simple_rules(table["rows"])
@@ -255,29 +262,44 @@ def _rule(name: str, values: Sequence[float]) -> str:
     return f"{name.replace('_', ' ')} {_spread(values[:1] if len(set(values)) == 1 else values)}"
 
 
-def verdict(values: Sequence[float], published: float, lower: bool) -> str:
-    """How measured values stand to a published one.
+def _wanted(wanted: float | str, key: str, values: Mapping[str, Mapping[str, Sequence[float | None]]]) -> float | None:
+    """A figure itself, or the mean of another row's; None where that is not measured."""
+    if not isinstance(wanted, str):
+        return wanted
+    known = [value for value in values[wanted].get(key, []) if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def verdict(values: Sequence[float | None], published: float | None, lower: bool) -> str:
+    """How measured values stand to a published one; None is a run without the figure, or nothing to stand beside.
 
     Example:
         >>> verdict([0.90, 0.92], 0.905, lower=False), verdict([0.90, 0.92], 0.95, lower=False)
         ('reached', 'missed by 0.04')
+        >>> verdict([0.90, None], 0.905, lower=False)
+        'missing in 1 of 2 runs'
     """
-    if not values:
+    if not values or published is None:
         return "not measured"
-    mean = statistics.fmean(values)
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return f"missing in {len(values) - len(known)} of {len(values)} runs"
+    mean = statistics.fmean(known)
     short = mean - published if lower else published - mean
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    spread = statistics.stdev(known) if len(known) > 1 else 0.0
     if short <= 0:
         return "reached"
     return "within spread" if short <= spread else f"missed by {float(f'{short:.2g}'):g}"
 
 
-def _spread(values: Sequence[float]) -> str:
-    if not values:
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
         return "–"
-    mean = statistics.fmean(values)
+    mean = statistics.fmean(known)
     digits = 4 if abs(mean) < 10 else 2
-    return f"{mean:.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean:.{digits}f}{spread}" + (f" ({len(known)} of {len(values)})" if len(known) < len(values) else "")
 
 
 def _line(cells: Iterable[str]) -> str:

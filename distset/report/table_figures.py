@@ -39,7 +39,10 @@ def draw_table(wanted: Mapping[str, Any], gathered: Mapping[str, Any], runs: Map
     """
     if unknown := set(wanted) - set(KINDS):
         raise ValueError(f"draw: got {', '.join(sorted(unknown))}, wanted some of {', '.join(KINDS)}")
-    values = {row["name"]: row["values"] for row in gathered["rows"]}
+    values = {
+        row["name"]: {key: [value for value in own if value is not None] for key, own in row["values"].items()}
+        for row in gathered["rows"]
+    }
     named = {name for line in wanted.get("lines", {}).get("rows", {}).values() for name in line.values()}
     if unknown := (named | set(wanted.get("pictures", {}))) - set(values):
         raise ValueError(f"draw: the table has no row {', '.join(sorted(unknown))}")

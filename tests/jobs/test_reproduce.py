@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -17,6 +18,7 @@ from distset.data import Bag, Store, StoreWriter, make_splits
 from distset.reproduce import Row, Table, collect, measure, render
 from jobs.reproduce import TABLES, chosen_rows, main, make_stores, read_table
 
+ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in TABLES.glob("*.yaml"))
 FOLDERS = {"registry": "amazon_registry", "cells": "cells_pbmc68k", "davis": "davis", "mnist": "mnist",
            "fashion": "fashion_mnist", "movies": "movie_reviews", "flags": "flags_capitals", "colon": "colon_crc",
@@ -34,6 +36,17 @@ def test_every_row_composes(name, short):
     for row in table.rows:
         assert set(row.published) <= set(table.figures)
         assert row.command.startswith("python -m jobs.train")
+
+
+def test_what_was_measured_stands_beside_what_there_is_to_measure():
+    """A row or a wanted figure that is new is on the page, measured or not."""
+    results = [path for path in sorted((ROOT / "docs" / "results").glob("*.json")) if path.stem != "benchmarks"]
+    assert results
+    for path in results:
+        gathered, table = json.loads(path.read_text()), yaml.safe_load((TABLES / path.name).with_suffix(".yaml").read_text())
+        assert (gathered["title"], gathered["text"]) == (table["title"], table["text"]), path.name
+        rows = [(row["name"], row.get("published", {})) for row in table["rows"]]
+        assert [(row["name"], row["published"]) for row in gathered["rows"]] == rows, path.name
 
 
 @pytest.mark.slow
