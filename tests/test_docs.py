@@ -55,8 +55,12 @@ def test_every_page_of_the_site_is_there_and_every_module_imports():
     nav = (DOCS.parent / "mkdocs.yml").read_text()
     pages = re.findall(r"(\S+\.md)", nav.partition("nav:")[2])
     assert len(pages) > 15
-    for page in pages:
-        for module in re.findall(r"^::: (\S+)", (DOCS / page).read_text(), re.MULTILINE):
-            importlib.import_module(module)
+    shown = [module for page in pages for module in re.findall(r"^::: (\S+)", (DOCS / page).read_text(), re.MULTILINE)]
+    for module in shown:
+        importlib.import_module(module)
+    assert len(shown) == len(set(shown))
+    package = DOCS.parent / "distset"
+    own = [path for folder in ("tasks", "problems") for path in (package / folder).glob("[!_]*.py")]
+    assert {f"distset.{path.parent.name}.{path.stem}" for path in own if not path.stem.endswith("_pictures")} <= set(shown)
     found = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md")}
     assert {path for path in found if not path.startswith("results/")} == set(pages)
