@@ -53,7 +53,8 @@ def images(path: str, *, train: int | None = None, val: int = 10_000, test: int 
     training, validation, testing = _parts(path, train, val, test, seed)
     n = training.images[0].numel()
     mean = training.pixels().mean(0)
-    simple = {"mean_image": float(F.binary_cross_entropy(mean.expand(len(testing.labels), n), testing.pixels()))}
+    a_pixel = float(F.binary_cross_entropy(mean.expand(len(testing.labels), n), testing.pixels()))
+    simple = {"mean_image_nats_a_pixel": a_pixel, "mean_image_nats_an_image": n * a_pixel}
     return Parts(
         ImageExamples(*training), _groups(validation), _groups(testing), {"n": n, "width": training.images.shape[2]}, simple
     )
