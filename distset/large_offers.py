@@ -18,6 +18,7 @@ Shapes: ``*`` batch of offers, ``N`` elements of a chunk, ``M`` draws, ``D`` wid
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from distset.fixed_point import (
 )
 from distset.gains import real_dtype, soft_subset
 from distset.krylov import Dense
-from distset.offers import check_elements, check_positions
+from distset.offers import check_elements, check_places, check_positions
 from distset.seeds import generator_for
 from distset.set_functions import SumUtility
 from distset.sets import Chunk, ChunkedSet, InMemory
@@ -85,7 +86,11 @@ def first_field(
         samples: M.
         seed: of the draws, with the chunk's index.
         temperature: gains are divided by it.
+
+    Raises:
+        ValueError: as `solve_offer`.
     """
+    _check_temperature(temperature)
     sums, total = _start(utility, offer, samples, seed, hard=True)
     return Field(sums, total, seed, temperature, solved=False)
 
@@ -106,8 +111,8 @@ def solve_offer(
     Each iteration is one sweep of the chunks, each product of the backward solver one sweep with a gradient.
 
     Raises:
-        ValueError: for a utility that is no `SumUtility`, a set that is no `ChunkedSet`; features that are not finite, with
-            their chunk.
+        ValueError: for a utility that is no `SumUtility`, a set that is no `ChunkedSet`, a temperature that is not above 0;
+            features that are not finite, with their chunk.
 
     Example:
         >>> import torch
@@ -122,6 +127,7 @@ def solve_offer(
         (True, torch.Size([5, 256]))
         >>> offer_loss(utility, offer, field, chosen=torch.tensor([3, 1200, 2999])).backward()
     """
+    _check_temperature(temperature)
     sums, total = _start(utility, offer, samples, seed, hard=False)
     encoder = _NextSums(utility, seed, temperature)
 
@@ -144,12 +150,21 @@ def offer_loss(
         counted: positions of the elements that count in the loss, int64 ``(C)``; None for all but padding.
 
     Raises:
-        ValueError: for positions outside of the offer, in its padding, or named twice; for nothing or everything chosen.
+        ValueError: for positions outside of the offer, in its padding, or named twice; for nothing or everything chosen,
+            or nothing counted.
     """
     check_positions(chosen, len(offer))
+    if counted is not None:
+        check_places("counted", counted, len(offer))
     encoder = _Loss(utility, field.seed, field.temperature, field.solved)
     condition = (field.sums, field.total, chosen, counted)
-    return encode_set(encoder, offer, grad=_sweep(offer), seed=field.seed, condition=condition).mean()
+    loss, left = encode_set(encoder, offer, grad=_sweep(offer), seed=field.seed, condition=condition).unbind(-1)
+    if not bool((left > 0).all()):
+        raise ValueError(
+            f"chosen: got {len(chosen)} positions, all that is offered beside the padding; drop sets with S* = V, or offer "
+            f"more"
+        )
+    return loss.mean()
 
 
 def offer_logits(utility: SumUtility, offer: ChunkedSet, field: Field) -> Tensor:
@@ -248,19 +263,20 @@ class _NextSums(_Elements):
 
 
 class _Loss(_Elements):
-    """The chunk's share of the cross-entropy."""
+    """The chunk's share of the cross-entropy, and how many of its elements are offered and not chosen."""
 
     def encode(self, chunk: Chunk, query: Any) -> Sum:
         sums, total, chosen, counted = query
         target = _within(chunk, chosen)
-        counts = torch.ones_like(target) if counted is None else _within(chunk, counted)
-        if chunk.mask is not None:
-            if bool((target & ~chunk.mask).any()):
-                raise ValueError(f"chosen: has elements of chunk {chunk.id} that are not offered (padding)")
-            counts = counts & chunk.mask
+        offered = torch.ones_like(target) if chunk.mask is None else chunk.mask
+        counts = offered if counted is None else _within(chunk, counted)
+        for name, places in (("chosen", target), ("counted", counts)):
+            if bool((places & ~offered).any()):
+                raise ValueError(f"{name}: has elements of chunk {chunk.id} that are not offered (padding)")
         _, logits, _ = self.place(chunk, sums, total)
         loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype).expand_as(logits), reduction="none")
-        return Sum(loss.masked_fill(~counts, 0.0).sum(-1, keepdim=True), chunk.counts(loss.dtype))
+        left = (offered & ~target).sum(-1).to(loss.dtype).expand(loss.shape[:-1])
+        return Sum(torch.stack([loss.masked_fill(~counts, 0.0).sum(-1), left], -1), chunk.counts(loss.dtype))
 
 
 class _Logits(_Elements):
@@ -289,6 +305,11 @@ def _start(utility: SumUtility, offer: ChunkedSet, samples: int, seed: int, *, h
         raise ValueError(f"samples: got {samples}, wanted at least 1 draw")
     rows = encode_set(_StartSums(utility, seed), offer, grad=_sweep(offer), seed=seed, condition=(samples, hard))
     return rows[..., :samples, :], rows[..., samples, :] if utility.context else None
+
+
+def _check_temperature(temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: got {temperature}, wanted a number above 0: gains are divided by it")
 
 
 def _sweep(offer: ChunkedSet) -> Exact | Full:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Offers", "check_elements", "check_offer", "check_positions", "membership"]
+__all__ = ["Offers", "check_elements", "check_offer", "check_places", "check_positions", "membership"]
 
 
 class Offers(NamedTuple):
@@ -70,14 +70,24 @@ def check_offer(elements: Tensor, chosen: Tensor, mask: Tensor | None = None, *,
 
 def check_positions(chosen: Tensor, size: int) -> None:
     """Refuse an S* that is no int64 positions ``(K)`` in an offer of ``size`` elements, each once, some and not all."""
-    if chosen.dtype != torch.int64 or chosen.dim() != 1:
-        raise ValueError(f"chosen: got {chosen.dtype} {tuple(chosen.shape)}, wanted positions as one int64 tensor (K)")
-    if not 0 < len(chosen) < size:
+    if chosen.dtype == torch.int64 and chosen.dim() == 1 and not 0 < len(chosen) < size:
         raise ValueError(f"chosen: got {len(chosen)} of {size} elements, wanted at least 1 and not all")
-    if int(chosen.min()) < 0 or int(chosen.max()) >= size:
-        raise ValueError(f"chosen: got positions {int(chosen.min())} to {int(chosen.max())}, wanted 0 to {size - 1}")
-    if len(chosen.unique()) != len(chosen):
-        raise ValueError("chosen: names an element twice; a subset holds each once")
+    check_places("chosen", chosen, size)
+
+
+def check_places(name: str, places: Tensor, size: int) -> None:
+    """Refuse what is no int64 positions ``(K)`` among ``size`` elements, each once and at least one."""
+    if places.dtype != torch.int64 or places.dim() != 1:
+        raise ValueError(
+            f"{name}: got {places.dtype} {tuple(places.shape)}, wanted positions as one int64 tensor (K); of a bool mask "
+            f"they are mask.nonzero().squeeze(-1)"
+        )
+    if not len(places):
+        raise ValueError(f"{name}: got no positions, wanted at least 1 of the {size} elements")
+    if int(places.min()) < 0 or int(places.max()) >= size:
+        raise ValueError(f"{name}: got positions {int(places.min())} to {int(places.max())}, wanted 0 to {size - 1}")
+    if len(places.unique()) != len(places):
+        raise ValueError(f"{name}: names an element twice; a subset holds each once")
 
 
 def check_elements(elements: Tensor, mask: Tensor | None, element_ndim: int = 1) -> None:

@@ -236,6 +236,8 @@ def test_what_cannot_be_is_said():
     offer = Example(InMemory(torch.randn(9, 2), chunk_size=4), torch.arange(3))
     with pytest.raises(ValueError, match=r"set: .* has several chunks, which are solved with Smoothed"):
         diffmf_task(2).loss(offer, seed=0)
+    with pytest.raises(ValueError, match=r"scale: got Constant\(c=0\), wanted a constant above 0 for offers in chunks"):
+        OracleTask(OracleModel(published_utility(2)), Solve(scale=Constant(0))).loss(offer, seed=0)
     with pytest.raises(ValueError, match="utility: got UserUtility, wanted a SumUtility for offers in chunks"):
         OracleTask(OracleModel(UserUtility(lambda x, s: s.sum(-1))), Solve()).loss(offer, seed=0)
     with pytest.raises(ValueError, match="chosen: set 0 has chosen nothing"):

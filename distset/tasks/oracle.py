@@ -292,6 +292,8 @@ class OracleTask:
                 f"set: {offer!r} has several chunks, which are solved with Smoothed() gains, a Constant scale and no "
                 f"recognition network; use those, or hold the offer in one chunk"
             )
+        if scale is not None and not scale.c > 0:
+            raise ValueError(f"scale: got {scale!r}, wanted a constant above 0 for offers in chunks, 1 / temperature")
         temperature = 1.0 if scale is None else 1 / scale.c
         samples = 5 if gains is None else gains.samples
         return solve_offer(

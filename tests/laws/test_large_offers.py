@@ -225,6 +225,39 @@ def test_bad_choices_are_named(chosen, message):
         offer_loss(utility, OFFER, first_field(utility, OFFER), chosen)
 
 
+@pytest.mark.parametrize(("counted", "message"), [
+    (torch.tensor([999]), "counted: got positions 999 to 999, wanted 0 to 19"),
+    (torch.tensor([-1]), "counted: got positions -1"),
+    (torch.tensor([3, 3]), "counted: names an element twice"),
+    (torch.tensor([], dtype=torch.int64), "counted: got no positions, wanted at least 1 of the 20"),
+    (torch.ones(20, dtype=torch.bool), r"counted: got torch.bool .20,., wanted positions .* mask.nonzero"),
+    (torch.tensor([3, 19]), "counted: has elements of chunk 2 that are not offered"),
+])  # fmt: skip
+def test_bad_counted_elements_are_named(counted, message):
+    utility = make()[0].float()
+    offer = InMemory(OFFER.elements, chunk_size=8, mask=torch.arange(20) < 19)
+    with pytest.raises(ValueError, match=message):
+        offer_loss(utility, offer, first_field(utility, offer), torch.tensor([3]), counted)
+
+
+def test_all_that_is_offered_is_no_choice_also_beside_padding():
+    utility, elements = make(batch=(2,))
+    mask = torch.arange(40) < torch.tensor([[40], [12]])
+    offer = InMemory(elements, chunk_size=9, mask=mask)
+    field = first_field(utility, offer)
+    assert offer_loss(utility, offer, field, torch.arange(11)).isfinite()
+    with pytest.raises(ValueError, match="chosen: got 12 positions, all that is offered beside the padding"):
+        offer_loss(utility, offer, field, torch.arange(12))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_is_above_0(temperature):
+    utility = make()[0].float()
+    for solve in (first_field, solve_offer):
+        with pytest.raises(ValueError, match=f"temperature: got {temperature}, wanted a number above 0"):
+            solve(utility, OFFER, temperature=temperature)
+
+
 def test_padding_is_never_chosen_and_bad_features_are_named():
     utility, elements = make(batch=(2,))
     mask = torch.arange(40) < torch.tensor([[40], [31]])
