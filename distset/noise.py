@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -88,13 +89,12 @@ class SumOfGamma(Noise):
         terms: terms of the series; 10 as published.
 
     Raises:
-        ValueError: for ``k`` or ``terms`` below 1, a scale that is not positive.
+        ValueError: for ``k`` or ``terms`` below 1 or between whole numbers, a scale that is not positive.
     """
 
     def __init__(self, k: int | Tensor, scale: float = 1.0, terms: int = 10) -> None:
-        for name, value in (("k", int(k.min()) if isinstance(k, Tensor) else k), ("terms", terms)):
-            if value < 1:
-                raise ValueError(f"{name}: got {value}, wanted a whole number of at least 1")
+        for name, value in (("k", k), ("terms", terms)):
+            _check_counts(name, value)
         self.k, self.scale, self.terms = k, _positive("scale", scale), terms
 
     def sample(
@@ -144,7 +144,7 @@ class Fading(Noise):
         over: share of the training at which none is left.
 
     Raises:
-        ValueError: for ``over`` outside 0 to 1.
+        ValueError: for something else than noise, ``over`` outside 0 to 1.
 
     Example:
         >>> import torch
@@ -158,7 +158,7 @@ class Fading(Noise):
     def __init__(self, noise: Noise, over: float = 0.7) -> None:
         if not 0 < over <= 1:
             raise ValueError(f"over: got {over}, wanted a share of the training above 0 and up to 1")
-        self.noise, self.over, self.strength = noise, over, 1.0
+        self.noise, self.over, self.strength = check_noise("noise", noise), over, 1.0
 
     def progress(self, share: float) -> None:
         """A ``share`` of the training, 0 to 1, is done."""
@@ -215,6 +215,26 @@ class Normal(Noise):
 
     def score(self, draw: Tensor) -> Tensor:
         return draw / self.scale**2
+
+
+def check_noise(name: str, noise: object) -> Noise:
+    """Raise ValueError for what is no noise at all."""
+    if isinstance(noise, Noise):
+        return noise
+    came = f"the class {noise.__name__}" if isinstance(noise, type) else repr(noise)
+    raise ValueError(
+        f"{name}: got {came}, wanted noise, such as Normal(scale), Gumbel(scale), SumOfGamma(k), TwoPoint(width)"
+    )
+
+
+def _check_counts(name: str, counts: int | Tensor) -> None:
+    if isinstance(counts, Tensor):
+        wrong = counts[~((counts >= 1) & (counts == counts.long()))].tolist()
+    else:
+        whole = isinstance(counts, Integral) and not isinstance(counts, bool)
+        wrong = [] if whole and counts >= 1 else [counts]
+    if wrong:
+        raise ValueError(f"{name}: got {wrong[0]!r}, wanted a whole number of at least 1")
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distset.noise import Noise
+from distset.noise import Noise, check_noise
 from distset.projections import Projection, Projector, check_projection, mask_of, projection_for
 from distset.seeds import generator_for
 from distset.solvers.base import Solver, Status, TensorSolver, as_solver, check_costs, solve_checked, solve_tensor_checked
@@ -52,13 +52,22 @@ class Solution(NamedTuple):
     status: Tensor
 
 
-class Informed(NamedTuple):
+class Informed:
     """The margin that knows the answer: the true structure is made worse by ``width`` than it is, entry by entry.
 
     ``w + width (y* - 1/2)`` for a cost, minus for a score: the network has to win by a margin.
+
+    Raises:
+        ValueError: for a negative width.
     """
 
-    width: float
+    def __init__(self, width: float) -> None:
+        if not 0 <= width < float("inf"):
+            raise ValueError(f"width: got {width}, wanted a finite number of at least 0, in units of the cost")
+        self.width = float(width)
+
+    def __repr__(self) -> str:
+        return f"Informed(width={self.width})"
 
 
 class Strategy(Protocol):
@@ -91,7 +100,8 @@ def solve(
 
     Raises:
         ValueError: for costs that are not finite or that the solver forbids, a projection that is invalid for the
-            solver, a missing ``truth``, a solver that returns something else than feasible structures.
+            solver, a ``truth`` that is missing, not finite or of another shape, a ``grad`` that is no strategy, a solver
+            that returns something else than feasible structures.
         TimeoutError: where a time limit was hit and its policy is to fail.
 
     Example:
@@ -123,8 +133,8 @@ def solve_with_status(
     work = _in_shape(cost, (batch.numel(), *instance))
     work = work if work.dtype == torch.float64 else work.float()
     check_costs(solver, work.detach())
-    if truth is not None and truth.shape != cost.shape:
-        raise ValueError(f"truth: got shape {tuple(truth.shape)}, wanted {tuple(cost.shape)}, the shape of the cost")
+    if truth is not None:
+        _check_truth(truth, cost)
     problem = Problem(
         solver,
         None if truth is None else truth.reshape(work.shape).to(work),
@@ -132,7 +142,7 @@ def solve_with_status(
         torch.is_grad_enabled() and cost.requires_grad,
         [],
     )
-    value = (Identity() if grad is None else grad)(problem.masked(work), problem)
+    value = (Identity() if grad is None else _check_strategy(grad))(problem.masked(work), problem)
     dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
     status = problem.statuses[0] if problem.statuses else torch.zeros(len(work), dtype=torch.int8)
     return Solution(_in_shape(value.to(dtype), cost.shape), status.reshape(batch))
@@ -196,7 +206,7 @@ class Identity:
 
     def __init__(self, projection: Projection = "auto", margin: Noise | Informed | None = None) -> None:
         self.projection = check_projection(projection)
-        self.margin = margin
+        self.margin = _check_margin(margin)
 
     def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
         moved, project = _prepare(cost, problem, self.projection, self.margin)
@@ -221,7 +231,7 @@ class Blackbox:
     def __init__(self, lam: float, projection: Projection = "none", margin: Noise | Informed | None = None) -> None:
         self.lam = _check_positive("lam", lam)
         self.projection = check_projection(projection)
-        self.margin = margin
+        self.margin = _check_margin(margin)
 
     def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
         moved, project = _prepare(cost, problem, self.projection, self.margin)
@@ -247,7 +257,7 @@ class IMLE:
     """
 
     def __init__(self, noise: Noise, lam: float = 10.0) -> None:
-        self.noise = noise
+        self.noise = check_noise("noise", noise)
         self.lam = _check_positive("lam", lam)
 
     def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
@@ -275,9 +285,11 @@ class Perturbed:
     """
 
     def __init__(self, noise: Noise, samples: int = 10) -> None:
-        if samples < 2:
-            raise ValueError(f"samples: got {samples}, wanted at least 2: the others' mean is the baseline")
-        noise.score(torch.zeros(1))
+        if not isinstance(samples, (int, np.integer)) or samples < 2:
+            raise ValueError(
+                f"samples: got {samples}, wanted a whole number of at least 2: the others' mean is the baseline"
+            )
+        check_noise("noise", noise).score(torch.zeros(1))
         self.noise, self.samples = noise, samples
 
     def __call__(self, cost: Tensor, problem: Problem) -> Tensor:
@@ -371,6 +383,29 @@ def _margin(margin: Noise | Informed, cost: Tensor, problem: Problem) -> Tensor:
     if problem.truth is None:
         raise ValueError("truth: got None, wanted the true structures: margin=Informed(...) is made of them")
     return problem.sign * margin.width * (problem.truth - 0.5)
+
+
+def _check_margin(margin: Noise | Informed | None) -> Noise | Informed | None:
+    if margin is None or isinstance(margin, Noise | Informed):
+        return margin
+    came = f"the class {margin.__name__}" if isinstance(margin, type) else repr(margin)
+    raise ValueError(f"margin: got {came}, wanted noise, such as TwoPoint(width), or Informed(width), or None")
+
+
+def _check_strategy(grad: Strategy) -> Strategy:
+    if callable(grad) and not isinstance(grad, type):
+        return grad
+    came = f"the class {grad.__name__}" if isinstance(grad, type) else repr(grad)
+    raise ValueError(f"grad: got {came}, wanted an object: Identity(), Blackbox(lam), IMLE(noise) or Perturbed(noise)")
+
+
+def _check_truth(truth: Tensor, cost: Tensor) -> None:
+    if not isinstance(truth, Tensor):
+        raise ValueError(f"truth: got {type(truth).__name__}, wanted a tensor of true structures, in the shape of the cost")
+    if truth.shape != cost.shape:
+        raise ValueError(f"truth: got shape {tuple(truth.shape)}, wanted {tuple(cost.shape)}, the shape of the cost")
+    if not truth.isfinite().all():
+        raise ValueError("truth: got NaN or infinite entries, wanted true structures; look for NaN in the labels")
 
 
 def _check_positive(name: str, value: float) -> float:

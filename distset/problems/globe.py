@@ -6,7 +6,6 @@ References:
 
 from __future__ import annotations
 
-from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +68,7 @@ class Globe(NamedTuple):
         Raises:
             ValueError: for fewer than 3 cities a tour, or more than there are countries.
         """
-        if not isinstance(k, Integral) or not 3 <= k <= len(self.flags):
+        if not isinstance(k, (int, np.integer)) or not 3 <= k <= len(self.flags):
             raise ValueError(
                 f"k: got {k}, wanted a whole number of at least 3 and at most {len(self.flags)}, the number of countries; "
                 "make the tours shorter or take more countries"

@@ -20,7 +20,7 @@ class TopK(TensorSolver):
         k: ones in a solution.
 
     Raises:
-        ValueError: for ``k < 1``; at use, for ``k`` larger than the instance.
+        ValueError: for ``k`` that is no whole number of at least 1; at use, for ``k`` larger than the instance.
 
     Example:
         >>> import numpy as np
@@ -33,8 +33,8 @@ class TopK(TensorSolver):
     hyperplane = 1.0
 
     def __init__(self, k: int) -> None:
-        if k < 1:
-            raise ValueError(f"k: got {k}, wanted a whole number of at least 1")
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise ValueError(f"k: got {k!r}, wanted a whole number (int) of at least 1")
         self.k = k
 
     def check_shape(self, instance: tuple[int, ...]) -> None:

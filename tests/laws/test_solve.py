@@ -384,16 +384,35 @@ def test_limit_skip(strategy):
         (lambda: Identity("median"), "projection: got 'median', wanted 'auto'"),
         (lambda: Blackbox(0.0), "lam: got 0.0, wanted a positive"),
         (lambda: IMLE(Gumbel(), lam=float("nan")), "lam: got nan, wanted a positive"),
-        (lambda: Perturbed(Normal(), samples=1), "samples: got 1, wanted at least 2"),
+        (lambda: Perturbed(Normal(), samples=1), "samples: got 1, wanted a whole number of at least 2"),
+        (lambda: Perturbed(Normal(), samples=2.5), "samples: got 2.5, wanted a whole number of at least 2"),
+        (lambda: Perturbed(0.5), "noise: got 0.5, wanted noise, such as Normal"),
+        (lambda: IMLE(Gumbel), "noise: got the class Gumbel, wanted noise"),
+        (lambda: Identity(margin=0.2), r"margin: got 0.2, wanted noise, such as TwoPoint\(width\), or Informed"),
+        (lambda: Blackbox(1.0, margin=TwoPoint), "margin: got the class TwoPoint, wanted noise"),
+        (lambda: Informed(float("nan")), "width: got nan, wanted a finite number of at least 0"),
+        (lambda: Informed(-1.0), "width: got -1.0, wanted a finite number of at least 0"),
+        (lambda: solve(torch.ones(2, 3), TopK(1), grad="identity"), r"grad: got 'identity', wanted an object: Identity\(\)"),
+        (lambda: solve(torch.ones(2, 3), TopK(1), grad=Identity), "grad: got the class Identity, wanted an object"),
+        (lambda: solve(torch.ones(2, 3), TopK(1), truth=np.ones((2, 3))), "truth: got ndarray, wanted a tensor"),
         (lambda: Perturbed(TwoPoint(0.1)), "no smooth density"),
         (lambda: FunctionSolver(np.abs, sense="maximum"), "sense: got 'maximum', wanted 'min'"),
         (lambda: TopK(0), "k: got 0, wanted"),
+        (lambda: TopK(2.5), r"k: got 2.5, wanted a whole number \(int\) of at least 1"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:divide by zero")
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, Identity(margin=Informed(0.1))], ids=str)
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_truth_that_is_not_finite_is_told_from_a_cost(strategy, wanted):
+    truth = torch.tensor([[1.0, 0, 0, 0], [0, torch.nan, 0, 0]])
+    with pytest.raises(ValueError, match=r"^truth: got NaN or infinite entries, wanted true structures"):
+        solve(randn(2, 4).requires_grad_(wanted), TopK(1), grad=strategy, truth=truth)
 
 
 def test_an_infeasible_solution_is_named():
