@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distset.gains import gains_at
 from distset.metrics import jaccard
+from distset.offers import check_elements
 from distset.set_functions import SetFunction
 
 __all__ = ["Choice", "by_greedy", "by_size", "by_threshold", "overlap"]
@@ -29,10 +30,11 @@ def by_threshold(logits: Tensor, threshold: float = 0.5, mask: Tensor | None = N
     """The elements whose psi is at least ``threshold``.
 
     Raises:
-        ValueError: for a threshold outside (0, 1).
+        ValueError: for a threshold outside (0, 1), logits that are NaN.
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold: got {threshold}, wanted a probability between 0 and 1")
+    _check_logits(logits, mask)
     chosen = torch.sigmoid(logits) >= threshold
     return Choice(chosen if mask is None else chosen & mask, f"psi >= {threshold:g}")
 
@@ -46,16 +48,16 @@ def by_size(logits: Tensor, size: Tensor | int | None = None, mask: Tensor | Non
         mask: bool ``(*, N)``, False at padding.
 
     Raises:
-        ValueError: for sizes below 0 or above the number of elements.
+        ValueError: for sizes below 0 or above the number of elements, logits that are NaN.
     """
+    _check_logits(logits, mask)
     offered = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     if size is None:
         psi = torch.sigmoid(logits).masked_fill(~offered, 0.0)
         wanted, rule = psi.sum(-1).round().clamp_min(1).long(), "top psi, size predicted"
     else:
         wanted, rule = torch.as_tensor(size, device=logits.device).expand(logits.shape[:-1]), "top psi, size known"
-    if bool((wanted < 0).any()) or bool((wanted > offered.sum(-1)).any()):
-        raise ValueError(f"size: got {int(wanted.min())} to {int(wanted.max())}, wanted 0 to the elements of each offer")
+    _check_size(wanted, offered)
     order = logits.masked_fill(~offered, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(logits.shape[-1], device=order.device).expand_as(order))
     return Choice(rank < wanted.unsqueeze(-1), rule)
@@ -71,16 +73,27 @@ def by_greedy(
         elements: ``(*, N, *element)``.
         size: of each subset ``(*)`` or one number; None to stop where no element gains.
         mask: bool ``(*, N)``, False at padding.
+
+    Raises:
+        ValueError: for features that are not finite, gains that are NaN, sizes below 0 or above the number of elements.
     """
+    check_elements(elements, mask, getattr(utility, "element_ndim", 1))
     shape = elements.shape[: elements.dim() - getattr(utility, "element_ndim", 1)]
     offered = torch.ones(shape, dtype=torch.bool, device=elements.device) if mask is None else mask
     chosen = torch.zeros_like(offered)
     wanted = None if size is None else torch.as_tensor(size, device=elements.device).expand(shape[:-1])
+    if wanted is not None:
+        _check_size(wanted, offered)
     with torch.no_grad():
         gains_of = gains_at(utility, elements, mask)
         for count in range(shape[-1]):
             gains = gains_of(chosen.unsqueeze(-2)).squeeze(-2)
             best = gains.masked_fill(chosen | ~offered, -torch.inf).max(-1)
+            if bool(best.values.isnan().any()):
+                raise ValueError(
+                    f"utility: {type(utility).__name__} has gains that are NaN with {count} elements chosen, wanted numbers "
+                    f"to compare; look at its parameters, and for infinite values of F"
+                )
             grow = best.values > (0.0 if wanted is None else -torch.inf)
             if wanted is not None:
                 grow = grow & (count < wanted)
@@ -88,6 +101,16 @@ def by_greedy(
                 break
             chosen = chosen | (torch.nn.functional.one_hot(best.indices, shape[-1]).bool() & grow.unsqueeze(-1))
     return Choice(chosen, "greedy ascent of F" + ("" if size is None else ", size known"))
+
+
+def _check_logits(logits: Tensor, mask: Tensor | None) -> None:
+    if bad := int((logits.isnan() if mask is None else logits.isnan() & mask).sum()):
+        raise ValueError(f"logits: {bad} of {logits.numel()} are NaN, wanted numbers; look at what they were computed from")
+
+
+def _check_size(wanted: Tensor, offered: Tensor) -> None:
+    if bool((wanted < 0).any()) or bool((wanted > offered.sum(-1)).any()):
+        raise ValueError(f"size: got {int(wanted.min())} to {int(wanted.max())}, wanted 0 to the elements of each offer")
 
 
 def overlap(chosen: Tensor, truth: Tensor) -> dict[str, Tensor]:

@@ -123,7 +123,10 @@ class Unrolled:
         trace: list[Tensor] = []
         for _ in range(self.steps):
             fx = step(x)
-            _check_step(x, fx)
+            if trace:
+                _check_step(x, fx)
+            else:
+                _check_first(x, fx)
             trace.append(_rms(fx.detach() - x.detach(), event_ndim))
             x = _flat(advance, x, fx, event_ndim)
         calm = trace[-1] <= stop.atol + stop.rtol * _rms(x.detach(), event_ndim)

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distset.offers import check_elements
+
 __all__ = [
     "Copula", "ElementEncoder", "Guess", "Independent", "SetFunction", "SumUtility", "UserUtility", "check_invariance",
     "elbo", "published_recognition", "published_utility",
@@ -294,7 +296,17 @@ def elbo(
     temperature: float = 0.1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The evidence lower bound ``E_q F(S) + H(q)`` of each offer, ``(*)``; F from sampled subsets [1, eq. 11]."""
+    """The evidence lower bound ``E_q F(S) + H(q)`` of each offer, ``(*)``; F from sampled subsets [1, eq. 11].
+
+    Raises:
+        ValueError: for no samples, a temperature that is not above 0, features that are not finite, a mask that does
+            not fit.
+    """
+    if samples < 1:
+        raise ValueError(f"samples: got {samples}, wanted at least 1 subset to estimate F from")
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, wanted a number above 0, 0.1 as published")
+    check_elements(elements, mask, elements.dim() - guess.logits.dim())
     guess = guess.masked(mask)
     return utility(elements, guess.sample(samples, generator, temperature), mask).mean(-1) + guess.entropy()
 
@@ -350,8 +362,10 @@ def check_invariance(utility: SetFunction, elements: Tensor, *, seed: int = 0, t
     """Refuse a utility whose value depends on the order of the elements.
 
     Raises:
-        ValueError: naming the utility and how far its values are apart.
+        ValueError: naming the utility and how far its values are apart; for features or values that are not finite, of
+            which nothing can be said.
     """
+    check_elements(elements, None, getattr(utility, "element_ndim", 1))
     generator = torch.Generator().manual_seed(seed)
     axis = getattr(utility, "element_ndim", 1) + 1
     n = elements.shape[-axis]
@@ -361,6 +375,11 @@ def check_invariance(utility: SetFunction, elements: Tensor, *, seed: int = 0, t
         subsets = subsets.to(elements.device, _real(elements))
         value = utility(elements, subsets)
         moved = utility(elements.index_select(elements.dim() - axis, order.to(elements.device)), subsets[..., order])
+    if bad := int((~(value.isfinite() & moved.isfinite())).sum()):
+        raise ValueError(
+            f"utility: {type(utility).__name__} gave {bad} of {value.numel()} values that are NaN or infinite, wanted "
+            f"finite ones; look at its parameters, and for a logarithm or a division that meets 0"
+        )
     gap = float((moved - value).abs().max())
     if gap > tolerance * (1 + float(value.abs().max())):
         raise ValueError(

@@ -63,3 +63,20 @@ def test_bad_input_is_named():
         by_size(LOGITS, 5)
     with pytest.raises(ValueError, match="size: got 4 to 4"):
         by_size(LOGITS, 4, MASK)
+    missing = LOGITS.masked_fill(~MASK, torch.nan)
+    assert by_size(missing, 2, MASK).chosen.tolist() == by_size(LOGITS, 2, MASK).chosen.tolist()
+    for rule in (by_size, by_threshold):
+        with pytest.raises(ValueError, match="logits: 1 of 8 are NaN"):
+            rule(missing)
+
+
+@pytest.mark.parametrize(("elements", "size", "message"), [
+    (torch.full((3, 1), torch.nan), None, "elements: 3 of 3 have features that are NaN"),
+    (torch.zeros(3, 1), None, "utility: UserUtility has gains that are NaN with 0 elements chosen"),
+    (torch.ones(3, 1), -1, "size: got -1 to -1, wanted 0 to the elements"),
+    (torch.ones(3, 1), 99, "size: got 99 to 99"),
+])  # fmt: skip
+def test_what_greedy_cannot_climb_is_named(elements, size, message):
+    utility = UserUtility(lambda elements, subsets: (subsets / elements[..., 0] * elements[..., 0]).sum(-1))
+    with pytest.raises(ValueError, match=message):
+        by_greedy(utility, elements, size)

@@ -171,3 +171,5 @@ def test_bad_settings_are_refused(tmp_path):
 def test_completed_images_are_drawn(parts, tmp_path):
     small_task().draw(tmp_path / "plots", parts)
     assert (tmp_path / "plots" / "completions.png").stat().st_size > 1000
+    small_task().draw(tmp_path / "none", parts._replace(test=[]))
+    assert not (tmp_path / "none").exists()

@@ -16,7 +16,7 @@ from distset.optim import Optimisation
 from distset.problems.offers import _classify, _jaccard, examples
 from distset.set_functions import UserUtility, published_utility
 from distset.tasks.oracle import OracleModel, OracleTask, Solve, diffmf_task, equivset_task, idiffmf_task
-from distset.train import Example, Plan, fit, predict_all
+from distset.train import Example, Parts, Plan, fit, predict_all
 
 METHODS = {
     "DiffMF": lambda: diffmf_task(2, steps=2),
@@ -178,6 +178,26 @@ def test_the_classifier_is_fitted_on_elements_alone():
     chance = Offers(x, by_size(torch.rand(60, 12, generator=torch.Generator().manual_seed(2)), 2).chosen)
     train, test = (Offers(chance.elements[own], chance.chosen[own]) for own in (slice(0, 30), slice(30, 60)))
     assert _jaccard(_classify(train, test), test) < 0.25
+
+
+def test_drawing_needs_no_batch_and_no_test_offers(tmp_path):
+    task, x, chosen = idiffmf_task(2, width=4, hidden=4), torch.randn(9, 2), torch.arange(9) < 3
+    whole, chunked = (Example(InMemory(x, chunk_size=size), chosen) for size in (None, 4))
+    for name, test in {"none": [], "chunked": [chunked]}.items():
+        task.draw(tmp_path / name, Parts([], [], test, {}))
+        assert not (tmp_path / name).exists()
+    task.draw(tmp_path / "one", Parts([], [], [chunked, whole], {}))
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"residual.png", "chosen.png"}
+    padded = Example(InMemory(x, mask=torch.arange(9) < 8), torch.arange(3))
+    task.draw(tmp_path / "padded", Parts([], [], [padded], {}))
+    assert {path.name for path in (tmp_path / "padded").iterdir()} == {"residual.png"}
+
+
+def test_a_prediction_that_is_no_number_is_not_taken_for_padding():
+    logits, chosen = torch.randn(2, 9), torch.arange(9).expand(2, 9) < 2
+    logits[1, 4] = torch.nan
+    with pytest.raises(ValueError, match="logits: 1 of 18 are NaN"):
+        diffmf_task(2).metrics([logits], [chosen])
 
 
 def test_negatives_beside_the_chosen_count_as_often_as_asked():

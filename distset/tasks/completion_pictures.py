@@ -22,8 +22,10 @@ def draw_completions(task: Any, examples: Sequence[Example], path: Path, *, imag
     Args:
         task: a `distset.tasks.completion.CompletionTask`, its model in eval mode.
         examples: groups of contexts, of several sizes each on the same images.
-        path: of the PNG.
+        path: of the PNG; not written without examples.
     """
+    if not examples:
+        return
     sizes = sorted({example.target.context for example in examples})
     shown = [next(e for e in examples if e.target.context == size) for size in sorted({sizes[0], sizes[-1]})]
     count = min(images, len(shown[0].target.values))

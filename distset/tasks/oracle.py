@@ -135,7 +135,7 @@ class OracleTask:
         """
         rows: dict[str, list[Tensor]] = {}
         for logits, target in zip(outputs, targets):
-            mask = logits > -torch.inf
+            mask = logits != -torch.inf  # a NaN is no padding
             chosen = _membership(target, logits)
             finite = logits.masked_fill(~mask, -100.0)
             rules = {
@@ -161,19 +161,27 @@ class OracleTask:
         return {**self._climbed(whole), **self._settled(whole)}
 
     def draw(self, folder: Path, parts: Parts) -> None:
-        """The residual by iteration over the first test offers; chosen and found, where elements are points or images."""
+        """The residual by iteration over the first test offers; chosen and found, where elements are points or images.
+
+        Nothing without a test offer that lies in one chunk.
+        """
         from distset.report.choices import plot_chosen_images, plot_chosen_points, plot_residuals
 
-        example = parts.test[0]
+        example = next((example for example in parts.test if example.set.num_chunks == 1), None)
+        if example is None:
+            return
         elements, mask = self._elements(example.set)
+        truth = self._chosen(example, elements)
+        if not example.set.batch_shape:
+            elements, truth = elements.unsqueeze(0), truth.unsqueeze(0)
+            mask = None if mask is None else mask.unsqueeze(0)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FixedPointWarning)  # a map that does not settle is what the plot may show
             long = self.solve._replace(grad=OneStep(), stop=Stop(max_steps=50, atol=1e-7, rtol=1e-7))
             plot_residuals(self._field(elements, mask, 0, long).trace, folder / "residual.png")
             logits = self._field(elements, mask, 0, self.solve).value
-        if mask is not None:
+        if mask is not None or elements.dim() != 3:
             return
-        truth = _membership(example.target, logits)
         found = by_size(logits, truth.sum(-1)).chosen
         side = isqrt(elements.shape[-1] // 3) if elements.shape[-1] % 3 == 0 else isqrt(elements.shape[-1])
         channels = elements.shape[-1] // side**2
@@ -327,6 +335,7 @@ class _Frozen(SetFunction):
 
     def __init__(self, utility: SetFunction) -> None:
         super().__init__()
+        self.element_ndim = getattr(utility, "element_ndim", 1)
         self._parts = (utility, {name: p.detach() for name, p in utility.named_parameters()})  # a tuple: no submodule
 
     def forward(self, elements: Tensor, subsets: Tensor, mask: Tensor | None = None) -> Tensor:

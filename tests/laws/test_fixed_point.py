@@ -287,6 +287,7 @@ def test_a_map_that_is_differentiated_once_has_no_estimate():
     (lambda: fixed_point(lambda x: x[..., :2], torch.zeros(3)), "step: made .* wanted the same shape"),
     (lambda: fixed_point(lambda x: x.double(), torch.zeros(3)), "step: made torch.float64"),
     (lambda: fixed_point(lambda x: x / 0, torch.zeros(3)), "step: is not finite at x0"),
+    (lambda: fixed_point(lambda x: x / 0, torch.zeros(3), grad=Unrolled(2)), "step: is not finite at x0"),
     (lambda: Damped(0.0), "rate: got 0.0"),
     (lambda: Anderson(0), "memory: got 0"),
     (lambda: Unrolled(0), "steps: got 0"),

@@ -186,6 +186,24 @@ def test_an_order_dependent_utility_is_named():
     check_invariance(published_utility(2, context=True), torch.randn(3, 6, 2))
 
 
+def test_values_that_are_no_numbers_pass_nowhere():
+    with pytest.raises(ValueError, match=r"utility: UserUtility gave .* of 8 values that are NaN or infinite"):
+        check_invariance(UserUtility(lambda elements, subsets: subsets.sum(-1) * torch.nan), torch.randn(6, 2))
+    with pytest.raises(ValueError, match="elements: 6 of 6 have features that are NaN"):
+        check_invariance(published_utility(2), torch.full((6, 2), torch.nan))
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"samples": 0}, "samples: got 0, wanted at least 1"),
+    ({"temperature": 0.0}, "temperature: got 0.0, wanted a number above 0"),
+    ({"elements": torch.full((4, 2), torch.nan)}, "elements: 4 of 4 have features that are NaN"),
+])  # fmt: skip
+def test_bad_bounds_are_named(how, message):
+    given = {"elements": torch.zeros(4, 2), "generator": torch.Generator(), **how}
+    with pytest.raises(ValueError, match=message):
+        elbo(published_utility(2, width=3, hidden=3), guess_of([0.5] * 4), **given)
+
+
 def test_bad_networks_are_named():
     with pytest.raises(ValueError, match=r"head: got Sequential starting with ReLU.*nn\.Linear"):
         SumUtility(nn.Linear(2, 3), nn.Sequential(nn.ReLU(), nn.Linear(3, 1)))
