@@ -28,6 +28,7 @@ from distset.bags.predict import Work
 from distset.files import write_atomically
 from distset.report import write_json
 from distset.report.table_figures import draw_table
+from distset.train import DivergedError
 from distset.training import final_figures, members, train_run
 
 __all__ = ["Row", "Table", "collect", "measure", "render", "verdict"]
@@ -184,28 +185,40 @@ def _speed(kept: Mapping[str, Any], pictures: Sequence[str]) -> str:
 
 def _measure(row: Row, folder: Path) -> dict[str, Any]:
     """The figures of every member, and the CPU seconds of those that were trained in one go."""
-    figures, steps, baselines = [], [], []
-    seconds = []
+    figures: list[dict[str, float | None]] = []
+    steps, baselines, seconds = [], [], []
     for name, config in members(row.config):
         own = folder / name
         begun = (own / "checkpoints").exists()
         clock = time.process_time()
-        metrics = train_run(config, own)
+        metrics = _trained(config, own)
         if not begun:
             write_json(own / "seconds.json", {"cpu_seconds": time.process_time() - clock})
         if (own / "seconds.json").is_file():
             seconds.append(json.loads((own / "seconds.json").read_text())["cpu_seconds"])
+        if metrics is None:
+            figures.append({})
+            continue
         figures.append({**final_figures(metrics), **({} if row.evaluate is None else _of_elements(row.evaluate, own))})
         steps.append(metrics["steps"])
         baselines.append(metrics.get("baselines", {}))
-    keys = [key for key in figures[0] if any(own.get(key) is not None for own in figures)]
-    gathered = {key: [own.get(key) for own in figures] for key in keys}
+    keys = dict.fromkeys(key for own in figures for key, value in own.items() if value is not None)
     return {
-        "values": gathered,
-        "steps": [min(steps), max(steps)],
+        "values": {key: [own.get(key) for own in figures] for key in keys},
+        "diverged": figures.count({}),
+        "steps": [min(steps), max(steps)] if steps else None,
         "cpu_seconds": statistics.fmean(seconds) if seconds else None,
-        "baselines": {rule: [own[rule] for own in baselines] for rule in baselines[0]},
+        "baselines": {rule: [own[rule] for own in baselines] for rule in baselines[0]} if baselines else {},
     }
+
+
+def _trained(config: dict[str, Any], run: Path) -> Mapping[str, Any] | None:
+    """The metrics of a run; None where its loss did not stay finite, which is a result too."""
+    try:
+        return train_run(config, run)
+    except DivergedError as error:
+        print(f"{run}: {error}", file=sys.stderr)
+        return None
 
 
 def _of_elements(config: Mapping[str, Any], run: Path) -> dict[str, float]:
@@ -232,7 +245,10 @@ def _section(table: Mapping[str, Any], pictures: Sequence[str]) -> str:
             for key, wanted in row["published"].items()
         ]
         if not row["values"]:
-            lines.append(_line([row["name"], *shown, published, "not measured", "0", "", ""]))
+            diverged = row.get("diverged", 0)
+            lines.append(
+                _line([row["name"], *shown, published, "diverged" if diverged else "not measured", str(diverged), "", ""])
+            )
             continue
         low, high = row["steps"]
         minutes = "" if row["cpu_seconds"] is None else f"{row['cpu_seconds'] / 60:.1f}"

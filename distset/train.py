@@ -43,9 +43,16 @@ from distset.task import BatchTask, Example, PacedTask, Parts, Task
 from distset.waiting import Stopwatch
 from distset.world import World, current_world
 
-__all__ = ["BatchTask", "Example", "Fitted", "Parts", "Plan", "Task", "Watch", "Watches", "World", "fit", "predict_all"]
+__all__ = [
+    "BatchTask", "DivergedError", "Example", "Fitted", "Parts", "Plan", "Task", "Watch", "Watches",
+    "World", "fit", "predict_all",
+]  # fmt: skip
 
 Record = dict[str, float]
+
+
+class DivergedError(ValueError):
+    """A loss or a gradient that is not finite."""
 
 
 class Plan(NamedTuple):
@@ -387,7 +394,7 @@ class _Loop:
     def _check_finite(self, what: str, value: float, indices: list[int]) -> None:
         if not math.isfinite(value):
             names = ", ".join(self.train[index].set.name or str(index) for index in indices[:8])
-            raise ValueError(
+            raise DivergedError(
                 f"loss: the {what} is {value} at step {self.step + 1} (sets {names}); lower optim.lr, set optim.clip, or "
                 f"look for extreme values in these sets"
             )

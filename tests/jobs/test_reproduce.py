@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from distset.data import Bag, Store, StoreWriter, make_splits
+from distset.mean_field import oracle_loss
 from distset.reproduce import Row, Table, collect, measure, render
 from jobs.reproduce import TABLES, chosen_rows, main, make_stores, read_table
 
@@ -88,6 +90,35 @@ def test_a_short_table_is_gathered_rendered_and_not_trained_twice(tmp_path):
     assert f"| DiffMF | {row['values']['jaccard'][0]:.4f} |" in page
     assert "missed by" in page or "reached" in page
     assert "| EquiVSet_ind | – | – | – | 0.91 | not measured | 0 |" in page
+
+
+def test_a_run_whose_loss_does_not_stay_finite_is_said_to_have_diverged(tmp_path, monkeypatch):
+    with initialize_config_module("conf", version_base="1.3"):
+        table = read_table("oracle_gaussian", {**SETTINGS, "short": True})
+    table = table._replace(rows=[table.rows[0]._replace(config={**table.rows[0].config, "seeds": [0, 1]}), table.rows[1]])
+    monkeypatch.setattr("distset.tasks.oracle.oracle_loss", diverging_after(2))
+    gathered = collect(table, tmp_path / "runs", tmp_path / "results")
+    one, none = gathered["rows"]
+    assert (one["diverged"], none["diverged"]) == (1, 1)
+    assert one["values"]["jaccard"][1] is None
+    assert none["values"] == {}
+    render(tmp_path / "results", tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "(1 of 2)" in page
+    assert "missing in 1 of 2 runs" in page
+    assert "| EquiVSet_ind | – | – | – | 0.91 | diverged | 1 |" in page
+
+
+def diverging_after(calls: int):
+    """`oracle_loss` for so many training steps; NaN from then on."""
+    left = [calls]
+
+    def loss(logits, *rest):
+        if logits.requires_grad:
+            left[0] -= 1
+        return oracle_loss(logits, *rest) * (torch.nan if logits.requires_grad and left[0] < 0 else 1.0)
+
+    return loss
 
 
 def test_stores_are_made_for_the_rows_that_are_run(tmp_path):
