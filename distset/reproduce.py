@@ -129,7 +129,7 @@ def _described(row: Row, found: Mapping[str, Any]) -> dict[str, Any]:
 def measure(names: Sequence[str], results: str | Path) -> None:
     """Run benchmarks, each in a process of its own, and keep their figures in ``results/benchmarks.json``.
 
-    Those that take ``--picture PATH`` draw ``results/benchmark-<name>.png``.
+    ``"meanfield --full"`` is the long form of one, kept beside the short one. Those that take ``--picture PATH`` draw ``results/benchmark-<name>.png``.
 
     Raises:
         RuntimeError: for one that ends without its line of figures.
@@ -137,10 +137,11 @@ def measure(names: Sequence[str], results: str | Path) -> None:
     path = Path(results) / BENCHMARKS
     kept = json.loads(path.read_text()) if path.is_file() else {}
     for name in names:
-        command = [sys.executable, "-m", f"benchmarks.{name}"]
-        if "--picture" in Path("benchmarks", f"{name}.py").read_text():
+        script, *options = name.split()
+        command = [sys.executable, "-m", f"benchmarks.{script}", *options]
+        if "--picture" in Path("benchmarks", f"{script}.py").read_text():
             path.parent.mkdir(parents=True, exist_ok=True)
-            command += ["--picture", str(path.with_name(f"benchmark-{name}.png"))]
+            command += ["--picture", str(path.with_name(f"benchmark-{script}.png"))]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         last = done.stdout.strip().rpartition("\n")[2]
         if not last.startswith("{"):

@@ -50,8 +50,10 @@ def _benchmarks(wanted: str | list[str]) -> list[str]:
 
     if wanted == "all":
         return names()
-    if unknown := set(wanted) - set(names()):
-        raise ValueError(f"benchmarks: there is no {', '.join(sorted(unknown))}; there are {', '.join(names())}")
+    if unknown := {name.removesuffix(" --full") for name in wanted} - set(names()):
+        raise ValueError(
+            f"benchmarks: there is no {', '.join(sorted(unknown))}; there are {', '.join(names())}, each also with ' --full'"
+        )
     return list(wanted)
 
 

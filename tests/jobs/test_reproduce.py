@@ -194,9 +194,12 @@ def test_benchmarks_are_measured_and_a_missed_bar_stands_as_missed(tmp_path, mon
     assert "![" not in page
     drawn = f"import sys; at = sys.argv.index('--picture'); open(sys.argv[at + 1], 'w'); print({line!r})"
     (tmp_path / "benchmarks" / "drawn.py").write_text(drawn)
-    measure(["made", "drawn"], tmp_path / "results")
+    (tmp_path / "benchmarks" / "long.py").write_text(f"import sys; assert sys.argv[1:] == ['--full']; print({line!r})")
+    measure(["made", "drawn", "long --full"], tmp_path / "results")
     render(tmp_path / "results", tmp_path / "page.md")
-    assert "![benchmark-drawn](results/benchmark-drawn.png)" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "![benchmark-drawn](results/benchmark-drawn.png)" in page
+    assert "| `long --full` | fast | 3.5 | 2 | holds |" in page
     with pytest.raises(RuntimeError, match="benchmarks: dumb ended with code 1 and no figures"):
         measure(["dumb"], tmp_path / "results")
 
