@@ -24,7 +24,7 @@ from distset.noise import Noise, SumOfGamma
 from distset.subsets import KSubset, relaxed_top_k
 from distset.subsets.distribution import settle
 from distset.subsets.gumbel import perturbed, top_k
-from distset.subsets.quadrature import LogitRange, solve_tilt, tilted_moments
+from distset.subsets.quadrature import LogitRange, cut, solve_tilt, tilted_moments
 
 __all__ = [
     "IMLE", "NCPSS", "AdaptiveTarget", "FixedTarget", "GumbelScore", "GumbelSoftmax", "Simple", "StraightThrough",
@@ -142,6 +142,7 @@ class NCPSS(Estimator):
         logits = plain_logits(subset)
         free, included, k = settle(logits.reshape(-1, subset.n), subset.k.reshape(-1))
         logits = logits.masked_fill(~free.view_as(logits), -torch.inf)
+        logits = logits - cut(logits.detach().double().reshape(free.shape), k).to(logits).view_as(logits[..., :1])
         a = logits + calibrating_tilt(logits, k.view(subset.batch_shape)).unsqueeze(-1)
         u = torch.rand(num_samples, *logits.shape, generator=_generator(subset, seed), device=a.device, dtype=a.dtype)
         relaxed = torch.sigmoid((a + torch.logit(u, eps=1e-7)) / self.tau)

@@ -67,13 +67,16 @@ class ChunkedKSubset:
                 f"leaves no subset of k = {int(k_rows[row])} elements"
             )
         free = (left > 0) & (left < self._range.n)
-        self._rows = _Rows(score, free, (left > 0) & ~free)
+        self._rows = _Rows(score, free, (left > 0) & ~free, torch.zeros_like(left))
         self._free_k = left.where(free, 0.0)
+        if bool((wide := free & self._range.wide).any()):
+            self._shift(wide)
 
     def log_normalizer(self) -> Tensor:
         """As `KSubset.log_normalizer`, ``(*)``."""
         settled = self.set.merge(_settled, self._rows).total
-        return (self._rule.log_normalizer(self._free_k) + settled).reshape(self.batch_shape)
+        free = self._rule.log_normalizer(self._free_k) + self._free_k * self._rows.cut
+        return (free + settled).reshape(self.batch_shape)
 
     def inclusion_probabilities(self) -> Iterator[Tensor]:
         """The elements' inclusion probabilities ``(*, N)``, chunk by chunk."""
@@ -105,7 +108,8 @@ class ChunkedKSubset:
 
     def mode(self) -> Iterator[Tensor]:
         """The most probable subset, chunk by chunk: zeros and ones ``(*, N)``, float32; ties go to the lower position."""
-        positions = self._best.masked_fill(torch.arange(self._best.shape[-1]) >= self._k_rows.unsqueeze(-1), -1)
+        positions = self._best[1]
+        positions = positions.masked_fill(torch.arange(positions.shape[-1]) >= self._k_rows.unsqueeze(-1), -1)
         for start, size in zip(self._starts, self.set.sizes):
             yield _members(positions, start, size).float().reshape(*self.batch_shape, size)
 
@@ -115,7 +119,7 @@ class ChunkedKSubset:
         Raises:
             ValueError: where k differs between rows.
         """
-        return self._best.sort(-1).values.reshape(*self.batch_shape, self._one_k())
+        return self._best[1].sort(-1).values.reshape(*self.batch_shape, self._one_k())
 
     def kl_divergence(self, other: ChunkedKSubset) -> Tensor:
         """``KL(self || other)`` in nats, exact, ``(*)``; ``inf`` where this one chooses what the other cannot.
@@ -149,6 +153,13 @@ class ChunkedKSubset:
         parts = zip(self._chosen(sample_shape.numel(), seed), self._starts)
         keys = [(v.sample * rows + v.row) * self.n + v.position + start for v, start in parts]
         return (torch.cat(keys).sort().values % self.n).reshape(*sample_shape, *self.batch_shape, k)
+
+    def _shift(self, wide: Tensor) -> None:
+        """By the `rules.cut` of rows with large logits."""
+        last = (self._k_rows - 1).clamp_min(0).unsqueeze(-1)
+        self._rows = self._rows._replace(cut=self._best[0].gather(-1, last).squeeze(-1).where(wide, 0.0))
+        rules.check_spread(self.set.merge(_spread, self._rows), self._range.n.where(self._rows.free, 0.0))
+        self._range = self.set.merge(_free_range, self._rows)
 
     def _one_k(self) -> int:
         if self.k.numel() > 1 and bool((self.k != self.k.flatten()[0]).any()):
@@ -192,15 +203,15 @@ class ChunkedKSubset:
         return self.k.expand(self.batch_shape).reshape(-1)
 
     @cached_property
-    def _best(self) -> Tensor:
-        """Positions of the highest logits ``(B, max k)``, best first."""
+    def _best(self) -> tuple[Tensor, Tensor]:
+        """The highest logits ``(B, max k)`` and their positions, best first."""
         most = int(self.k.max())
         best = torch.empty(len(self._k_rows), 0, dtype=torch.float64), torch.empty(len(self._k_rows), 0, dtype=torch.int64)
         for found in self.set.map(_highest, self._rows.score, most):
             logits, positions = (torch.cat(pair, -1) for pair in zip(best, found))
             order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :most]
             best = logits.gather(-1, order), positions.gather(-1, order)
-        return best[1]
+        return best
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -249,18 +260,20 @@ class LogitTable:
 
 
 class _Rows(NamedTuple):
-    """How a chunk gets its logits, and which rows have a choice (``free``) or take all they can (``full``)."""
+    """How a chunk gets its logits, which rows have a choice (``free``) or take all they can (``full``), the rows' cut."""
 
     score: Score
     free: Tensor
     full: Tensor
+    cut: Tensor
 
     def split(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Logits of the free elements, -inf elsewhere, and which elements are surely in: both ``(B, N)``."""
+        """Logits of the free elements less the cut, -inf elsewhere, and which elements are surely in: both ``(B, N)``."""
         logits = _rows_of_logits(chunk, self.score)
         finite = logits.isfinite()
         included = (logits == math.inf) | (finite & self.full.unsqueeze(-1))
-        return logits.masked_fill(~(finite & self.free.unsqueeze(-1)), -math.inf), included
+        free = finite & self.free.unsqueeze(-1)
+        return (logits - self.cut.unsqueeze(-1)).masked_fill(~free, -math.inf), included
 
 
 # What follows runs where the chunks live.
@@ -282,6 +295,14 @@ def _rows_of_logits(chunk: Chunk, score: Score) -> Tensor:
 
 def _range(chunk: Chunk, score: Score) -> rules.LogitRange:
     return rules.LogitRange.of(_rows_of_logits(chunk, score))
+
+
+def _free_range(chunk: Chunk, rows: _Rows) -> rules.LogitRange:
+    return rules.LogitRange.of(rows.split(chunk)[0])
+
+
+def _spread(chunk: Chunk, rows: _Rows) -> Sum:
+    return rules.spread(rows.split(chunk)[0])
 
 
 def _moments(chunk: Chunk, rows: _Rows, tilt: Tensor) -> rules.Moments:

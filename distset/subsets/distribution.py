@@ -106,7 +106,7 @@ class KSubset(Distribution):
         """
         free = rules.log_normalizer(self._free_logits, self._free_k, self._rule)
         settled = self._rows.masked_fill(~(self._included & self._rows.isfinite()), 0.0).sum(-1)
-        return self._shaped(free + settled)
+        return self._shaped(free + self._free_k * self._cut + settled)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-probability of subsets ``(..., *, n)`` of zeros and ones; -inf for one of another size.
@@ -261,9 +261,16 @@ class KSubset(Distribution):
     def _free_k(self) -> Tensor:
         return self._settled[2]
 
+    @cached_property
+    def _cut(self) -> Tensor:
+        """What the logits of each row are shifted by before they are tilted, ``(B,)``."""
+        with torch.no_grad():
+            return rules.cut(self._rows.detach().masked_fill(~self._free, -math.inf), self._free_k)
+
     @property
     def _free_logits(self) -> Tensor:
-        return self._rows.masked_fill(~self._free, -math.inf)
+        """Those of free elements, shifted; -inf elsewhere."""
+        return (self._rows - self._cut.unsqueeze(-1)).masked_fill(~self._free, -math.inf)
 
     @cached_property
     def _rule(self) -> rules.Quadrature:
@@ -285,7 +292,7 @@ class KSubset(Distribution):
     @property
     def _rows_tilted(self) -> Tensor:
         """The tilted logits of free elements, 0 elsewhere, ``(B, n)``; the tilt is a constant."""
-        tilted = self._rows + self._rule.tilt.unsqueeze(-1)
+        tilted = (self._rows - self._cut.unsqueeze(-1)) + self._rule.tilt.unsqueeze(-1)
         return tilted.masked_fill(~self._free, 0.0)
 
     @property

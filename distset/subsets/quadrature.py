@@ -10,7 +10,8 @@ up to the aliases :math:`P(K = k \pm M), \dots`. With :math:`M = n + 1` there is
 Fourier transform. Tilted such that :math:`E[K] = k`, the count pmf has a width of :math:`\sqrt V`, :math:`V = \sum p_i
 q_i`, and its characteristic function one of :math:`1 / \sqrt V`: some :math:`9 \sqrt V + 14` nodes are enough whatever n
 and k, and at most 27 of them (fewer than 14 by symmetry once V is large) are not negligible. Every quantity below is a
-sum over elements at these nodes, so it is a sum of chunk sums, and nothing is ever subtracted that is large.
+sum over elements at these nodes, so it is a sum of chunk sums, and nothing is ever subtracted that is large. The tilt is not
+large either: rows with large logits are shifted by their `cut` beforehand, which leaves the distribution as it is.
 
 Shapes: ``B`` rows (flattened batch), ``N`` elements, ``J`` nodes. Everything in float64. Logits are finite or ``-inf``
 (an element that is out: it adds nothing to any sum).
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from distset.states import Sum
+
 __all__ = [
     "LogitRange",
     "Moments",
@@ -46,6 +49,8 @@ BLOCK = 2**16
 # Nodes where the characteristic function is below exp(-41), 1e-18, are left out.
 NEGLIGIBLE = 41.0
 MAX_ROUNDS = 200
+# Logits this far from the cut are certain (exp(-1024) is 0); rows with logits this large are shifted by it.
+WIDE = 2.0**10
 
 
 class LogitRange(NamedTuple):
@@ -54,8 +59,8 @@ class LogitRange(NamedTuple):
     Attributes:
         n: their number.
         forced: the number of logits that are ``+inf``.
-        low, high: the smallest and largest.
-        lse, lse_negated: log-sum-exp of the logits, and of the negated logits.
+        low, high: the smallest and largest, no larger in size than WIDE.
+        lse, lse_negated: log-sum-exp of the logits, and of the negated logits, where none is larger in size than WIDE.
     """
 
     n: Tensor
@@ -67,10 +72,15 @@ class LogitRange(NamedTuple):
 
     @staticmethod
     def of(logits: Tensor) -> LogitRange:
-        finite = logits.isfinite()
-        up, down = logits.masked_fill(~finite, -math.inf), (-logits).masked_fill(~finite, -math.inf)
+        finite, near = logits.isfinite(), logits.clamp(-WIDE, WIDE)
+        up, down = near.masked_fill(~finite, -math.inf), (-near).masked_fill(~finite, -math.inf)
         forced = (logits == math.inf).sum(-1).double()
         return LogitRange(finite.sum(-1).double(), forced, -down.amax(-1), up.amax(-1), up.logsumexp(-1), down.logsumexp(-1))
+
+    @property
+    def wide(self) -> Tensor:
+        """Which rows have large logits, bool ``(B,)``."""
+        return torch.maximum(-self.low, self.high) >= WIDE
 
     def merge(self, other: LogitRange) -> LogitRange:
         return LogitRange(
@@ -147,6 +157,9 @@ def quadrature(
         k: the count, float64 ``(B,)``, 0 where ``start.n`` is 0 and strictly between 0 and ``start.n`` elsewhere.
         moments: ``tilt (B,) -> Moments`` (see `tilted_moments`).
         node_sums: ``tilt (B,), angles (B, J) -> NodeSums`` (see `chunk_node_sums`).
+
+    Raises:
+        ValueError: where no tilt is found.
     """
     tilt, mean, variance = solve_tilt(start, k, moments)
     angles, share = place_nodes(variance, start.n)
@@ -179,7 +192,46 @@ def solve_tilt(start: LogitRange, k: Tensor, moments: Callable[[Tensor], Moments
         newton = tilt - (torch.log(mean) - torch.log(n - mean) - wanted) / slope
         inside = (newton > low) & (newton < high)  # False for nan
         tilt = newton.where(inside, 0.5 * (low + high)).where(free, 0.0)
+    else:
+        row = int((error.abs() * free).argmax())
+        raise ValueError(
+            f"logits: row {row} has a mean count of {float(mean[row]):g} at its best tilt, wanted k = {float(k[row]):g}; "
+            f"use -inf and inf for elements that are out or in whatever the others are"
+        )
     return tilt, mean, variance
+
+
+def cut(logits: Tensor, k: Tensor) -> Tensor:
+    """The k-th largest of ``logits (B, N)``, finite or -inf, in rows with large ones; 0 in others and where k is 0.
+
+    Less the cut, ties at it are ties at 0 exactly, and the tilt need not be large.
+
+    Raises:
+        ValueError: for logits so far apart that the differences, or their sum, are not finite.
+    """
+    finite = logits.isfinite()
+    wide = (logits.abs().masked_fill(~finite, 0.0).amax(-1) >= WIDE) & (k > 0)
+    if not bool(wide.any()):
+        return logits.new_zeros(k.shape)
+    best = logits.topk(int(k.max()), -1).values
+    found = best.gather(-1, (k.long() - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1).where(wide, 0.0)
+    check_spread(spread(logits - found.unsqueeze(-1)), finite.sum(-1))
+    return found
+
+
+def spread(shifted: Tensor) -> Sum:
+    """Of logits less their cut: what those above it add up to, and how many are finite."""
+    return Sum(F.relu(shifted).sum(-1), shifted.isfinite().sum(-1))
+
+
+def check_spread(found: Sum, n: Tensor) -> None:
+    """Raises ValueError unless the differences of all rows are finite, and their sum is."""
+    bad = ~found.total.isfinite() | (found.n != n)
+    if bool(bad.any()):
+        raise ValueError(
+            f"logits: those of row {int(bad.nonzero()[0])} are too far apart for float64, wanted differences with a finite "
+            f"sum; use -inf and inf for elements that are out or in whatever the others are"
+        )
 
 
 def place_nodes(variance: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:

@@ -412,6 +412,21 @@ def test_the_calibrating_tilt_and_its_derivative() -> None:
     torch.testing.assert_close(slope, -(p * (1 - p)) / (p * (1 - p)).sum(-1, keepdim=True), atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("logits", [[1e16] * 4 + [0.0], [3.0, 2.0, -3e38, -3e38, -3e38]])
+def test_the_tilt_is_calibrated_at_ties_of_large_logits(logits: list[float], dtype: torch.dtype) -> None:
+    leaf, sizes = torch.tensor(logits, dtype=dtype, requires_grad=True), []
+
+    def size(z: Tensor) -> Tensor:
+        sizes.append(z.detach().sum(-1))
+        return z @ torch.arange(5.0).to(z)
+
+    expect(size, KSubset(leaf, 3), 4000, grad=NCPSS(), seed=0).backward()
+    assert abs(float(sizes[0].mean()) - 3) < 5 * float(sizes[0].std()) / 4000**0.5
+    assert leaf.grad is not None
+    assert (leaf.grad[-1] != 0) == (logits[-1] != 0)
+
+
 def test_a_table_says_what_each_is() -> None:
     rows = describe(ESTIMATORS)
     assert rows[0] == {

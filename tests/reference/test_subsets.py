@@ -13,6 +13,7 @@ from torch.distributions import kl_divergence
 
 from distset.sets import InMemory
 from distset.subsets import ChunkedKSubset, KSubset, gumbel_top_k, relaxed_top_k
+from distset.subsets.quadrature import LogitRange, Moments, solve_tilt
 
 SMALL = [(1, 1), (2, 1), (3, 2), (5, 4), (8, 3), (10, 5), (12, 1), (12, 6), (12, 11)]
 
@@ -279,6 +280,73 @@ def test_equal_wide_and_half_precision_logits() -> None:
     KSubset(leaf, 5).entropy().backward()
     assert leaf.grad is not None
     assert leaf.grad.dtype == torch.float16
+
+
+LOWEST = torch.finfo(torch.float64).min
+# Logits with ties at the cut, and what they are beside it: the same distribution.
+TIES = [
+    ([1e16] * 4 + [2e16, 0.0], [0.0] * 4 + [math.inf, -math.inf], 3),
+    ([1e16, 1e16, 1e16 + 2, 1e16 - 2, -1e16], [0.0, 0.0, 2.0, -2.0, -math.inf], 2),
+    ([1e300] * 3 + [-1e300], [0.0] * 3 + [-math.inf], 1),
+    ([0.0, 1.0, 2.0] + [torch.finfo(torch.float32).min] * 3, [math.inf] * 3 + [0.0] * 3, 4),
+    ([0.0, 1.0, 2.0] + [LOWEST] * 3, [0.0, 1.0, 2.0] + [-math.inf] * 3, 2),
+    ([0.1, 1.0, -1e15, -1e15], [0.1, 1.0, -math.inf, -math.inf], 2),
+]
+
+
+@pytest.mark.parametrize(("logits", "near", "k"), TIES)
+def test_ties_of_large_logits_at_the_cut(logits: list[float], near: list[float], k: int) -> None:
+    leaf, direction = torch.tensor(logits, dtype=torch.float64, requires_grad=True), randn(len(logits))
+    subset, beside = KSubset(leaf, k), KSubset(torch.tensor(near, dtype=torch.float64), k)
+    pi, covariance = beside.inclusion_probabilities(), beside.covariance_product(direction)
+    close(subset.inclusion_probabilities(), pi)
+    close(subset.exclusion_probabilities(), beside.exclusion_probabilities())
+    close(subset.entropy(), beside.entropy())
+    z = beside.sample((20,), seed=0)
+    close(subset.log_prob(z), beside.log_prob(z))
+    assert subset.log_prob(subset.sample((20,), seed=0)).isfinite().all()
+    (first,) = torch.autograd.grad(subset.log_normalizer(), leaf, create_graph=True)
+    close(first, pi)
+    (second,) = torch.autograd.grad(first @ direction, leaf)
+    close(second, covariance)
+    with forward_ad.dual_level():
+        dual = KSubset(forward_ad.make_dual(leaf.detach(), direction), k)
+        close(forward_ad.unpack_dual(dual.inclusion_probabilities()).tangent, covariance)
+    parts = ChunkedKSubset(InMemory(leaf.detach().unsqueeze(-1), chunk_size=2), k)
+    close(torch.cat(list(parts.inclusion_probabilities())), pi)
+    close(parts.entropy(), beside.entropy())
+    assert (parts.sample_indices((20,), seed=0) == subset.sample_indices((20,), seed=0)).all()
+    torch.testing.assert_close(parts.log_normalizer(), subset.log_normalizer(), rtol=1e-14, atol=1e-12)
+
+
+def test_rows_of_large_and_small_logits() -> None:
+    logits = randn(3, 6)
+    logits[1] = torch.tensor([3e16, 3e16, 3e16, 5e16, 1.0, -7.0])
+    k = torch.tensor([2, 3, 5])
+    both = KSubset(logits, k)
+    close(both.inclusion_probabilities()[1], torch.tensor([2 / 3, 2 / 3, 2 / 3, 1, 0, 0], dtype=torch.float64))
+    for row in (0, 2):
+        single = KSubset(logits[row], int(k[row]))
+        close(both.inclusion_probabilities()[row], single.inclusion_probabilities())
+        close(both.log_normalizer()[row], single.log_normalizer())
+    parts = ChunkedKSubset(InMemory(logits.unsqueeze(-1), chunk_size=4), k)
+    close(torch.cat(list(parts.inclusion_probabilities()), -1), both.inclusion_probabilities())
+    torch.testing.assert_close(parts.log_normalizer(), both.log_normalizer(), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("values", [[-LOWEST, -LOWEST, LOWEST], [0.0, 1.0, LOWEST, LOWEST]])
+def test_logits_too_far_apart(values: list[float]) -> None:
+    logits, k = torch.tensor(values, dtype=torch.float64), len(values) - 1
+    with pytest.raises(ValueError, match="logits: those of row 0 are too far apart"):
+        KSubset(logits, k).inclusion_probabilities()
+    with pytest.raises(ValueError, match="logits: those of row 0 are too far apart"):
+        ChunkedKSubset(InMemory(logits.unsqueeze(-1), chunk_size=2), k)
+
+
+def test_a_tilt_that_is_not_found() -> None:
+    start = LogitRange.of(torch.zeros(1, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"logits: row 0 has a mean count of 3 .* wanted k = 2"):
+        solve_tilt(start, torch.tensor([2.0]).double(), lambda tilt: Moments(3 + 0 * tilt, 0 * tilt))
 
 
 def test_divergence_between_what_cannot_be() -> None:
