@@ -129,7 +129,8 @@ def _described(row: Row, found: Mapping[str, Any]) -> dict[str, Any]:
 def measure(names: Sequence[str], results: str | Path) -> None:
     """Run benchmarks, each in a process of its own, and keep their figures in ``results/benchmarks.json``.
 
-    ``"meanfield --full"`` is the long form of one, kept beside the short one. Those that take ``--picture PATH`` draw ``results/benchmark-<name>.png``.
+    ``"meanfield --full"`` is the long form of one, kept beside the short one. Those that take ``--picture PATH`` draw
+    ``results/benchmark-<name>.png``.
 
     Raises:
         RuntimeError: for one that ends without its line of figures.
