@@ -139,6 +139,14 @@ def test_a_trained_model_is_measured_whatever_the_gains(derivative):
     assert any("lipschitz is left out: gains: got Drawn" in str(w.message) for w in said) == bool(left_out)
 
 
+def test_an_ascent_that_meets_infinite_values_is_left_out():
+    pairs_or_more = UserUtility(lambda x, s: torch.where(s.sum(-1) >= 2, s.sum(-1), -torch.inf))
+    task = OracleTask(OracleModel(pairs_or_more), Solve())
+    task.model.register_parameter("anywhere", torch.nn.Parameter(torch.zeros(())))
+    with pytest.warns(UserWarning, match="measure: greedy is left out: utility: UserUtility has gains that are NaN"):
+        assert task.measure(examples(gaussian_offers(2, size=8, chosen=2))) == {}
+
+
 def test_targets_may_be_positions_where_offers_are_joined():
     task = diffmf_task(2)
     x = torch.randn(3, 2, 9, 2, generator=torch.Generator().manual_seed(0))

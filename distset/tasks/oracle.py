@@ -9,8 +9,8 @@ are the published choices. An example is an offer, or a batch of offers of one s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from math import isnan, isqrt
+from collections.abc import Iterator, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -154,11 +154,18 @@ class OracleTask:
         """What psi cannot say, of the first offers that lie in one chunk.
 
         ``greedy/*``: how well F itself is climbed. ``fixed_point/*``, where the gradient is implicit: whether the map
-        contracts (Assumption 4.1; warned of where it does not, left out where gains have no second derivative), and
-        whether and how soon the iteration converged.
+        contracts (Assumption 4.1; warned of where it does not), and whether and how soon the iteration converged. What a
+        utility or its gains do not allow to measure is left out with a warning: the model is trained, and is not lost.
         """
         whole = [example for example in examples if example.set.num_chunks == 1]
-        return {**self._climbed(whole), **self._settled(whole)}
+        wanted = {"greedy": self._climbed, "fixed_point/lipschitz": self._stretched, "fixed_point": self._settled}
+        found: dict[str, float] = {}
+        for name, figures in wanted.items():
+            try:
+                found |= figures(whole)
+            except ValueError as error:
+                warnings.warn(f"measure: {name} is left out: {error}", stacklevel=2)
+        return found
 
     def draw(self, folder: Path, parts: Parts) -> None:
         """The residual by iteration over the first test offers; chosen and found, where elements are points or images.
@@ -203,38 +210,38 @@ class OracleTask:
                 break
         return {name: float(torch.cat(values).double().mean()) for name, values in rows.items()}
 
-    def _settled(self, examples: Sequence[Example]) -> dict[str, float]:
-        how = self.solve
-        if not isinstance(how.grad, Implicit):
-            return {}
-        rows: list[Tensor] = []
-        for example in examples:
-            elements, mask = self._elements(example.set)
-            if example.set.batch_shape:
-                elements, mask = elements[:STRETCHED], None if mask is None else mask[:STRETCHED]
-            with torch.no_grad():
-                solution = self._field(elements, mask, 0, how)
-            constant = self._stretch(elements, mask, like=solution.residual)
-            rows.append(torch.stack([constant, solution.converged, solution.iterations]).reshape(3, -1))
-            if sum(row.shape[1] for row in rows) >= STRETCHED:
-                break
-        if not rows:
-            return {}
-        constant, converged, iterations = torch.cat(rows, 1).double()
-        found = zip(FIXED_POINT, (float(constant.max()), float(converged.mean()), float(iterations.mean())))
-        return {name: value for name, value in found if not isnan(value)}
-
-    def _stretch(self, elements: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
-        """`check_contraction`; NaN and a warning where it refuses the gains, which is no reason to lose a trained model."""
-        how = self.solve
-        try:
-            return check_contraction(
+    def _stretched(self, examples: Sequence[Example]) -> dict[str, float]:
+        how, found = self.solve, []
+        for elements, mask in self._few(examples):
+            constant = check_contraction(
                 self.model.utility, elements, gains=how.gains, scale=how.scale, mask=mask,
                 generator=generator_for(0, "draws"),
             )  # fmt: skip
-        except ValueError as error:
-            warnings.warn(f"fixed_point/lipschitz is left out: {error}", FixedPointWarning, stacklevel=2)
-            return torch.full_like(like, torch.nan)
+            found.append(float(constant.max()))
+        return {"fixed_point/lipschitz": max(found)} if found else {}
+
+    @torch.no_grad()
+    def _settled(self, examples: Sequence[Example]) -> dict[str, float]:
+        rows = []
+        for elements, mask in self._few(examples):
+            solution = self._field(elements, mask, 0, self.solve)
+            rows.append(torch.stack([solution.converged, solution.iterations]).reshape(2, -1))
+        if not rows:
+            return {}
+        converged, iterations = torch.cat(rows, 1).double().mean(1).tolist()
+        return {"fixed_point/converged": converged, "fixed_point/iterations": iterations}
+
+    def _few(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The first `STRETCHED` offers where the gradient is implicit, a few more where they lie in batches; else none."""
+        left = STRETCHED if isinstance(self.solve.grad, Implicit) else 0
+        for example in examples:
+            if left <= 0:
+                return
+            elements, mask = self._elements(example.set)
+            if example.set.batch_shape:
+                elements, mask = elements[:STRETCHED], None if mask is None else mask[:STRETCHED]
+            left -= len(elements) if example.set.batch_shape else 1
+            yield elements, mask
 
     def _cross_entropy(self, elements: Tensor, mask: Tensor | None, chosen: Tensor, seed: int) -> Tensor:
         """`oracle_loss` of the elements that count; where a few steps are unrolled, the last one is taken at those alone."""
