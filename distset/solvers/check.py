@@ -52,7 +52,7 @@ def check_solver(
 
     Raises:
         AssertionError: naming the law that is broken and an instance.
-        ValueError: for costs that the solver cannot take.
+        ValueError: for costs that the solver cannot take; a mask or a hyperplane that does not fit them.
 
     Example:
         >>> import numpy as np
@@ -68,6 +68,7 @@ def check_solver(
     if len(costs) < 2:
         raise ValueError(f"costs: got {len(costs)} instances, wanted a batch of at least 2, better 20")
     solutions = _solve(solver, costs)
+    project = projection_for("auto", solver, costs.shape[1:])
     _check_repeats(solver, costs, solutions)
     _check_mask(solver, costs, solutions)
     limit = tolerance if exact else np.inf
@@ -79,7 +80,7 @@ def check_solver(
     _law(along <= limit, f"costs moved along the hyperplane's normal have another solution, worse by {along:.2g}")
     import torch
 
-    projected = projection_for("auto", solver, costs.shape[1:])(torch.from_numpy(costs)).numpy()
+    projected = project(torch.from_numpy(costs)).numpy()
     projection = _excess(solver, costs, _solve(solver, projected), solutions)
     _law(projection <= limit, f"y(P(w)) is not y(w): worse by {projection:.2g}; declare another projection")
     return SolverErrors(optimality, scale, along, projection)
@@ -97,6 +98,7 @@ def _solve(solver: Solver, costs: np.ndarray) -> np.ndarray:
     except ValueError as error:
         if "at fault" in str(error) or "returned" in str(error):
             raise AssertionError(str(error)) from error
+        _law("read-only" not in str(error), f"{solver} writes on the costs that it is given")
         raise
     _law(np.array_equal(before, costs), f"{solver} writes on the costs that it is given")
     _law(not status.any(), f"{solver} hit its time limit; check it without one, or on smaller instances")

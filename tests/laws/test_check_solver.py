@@ -70,6 +70,19 @@ def test_broken_promises_are_named(solver, broken):
         check_solver(solver, costs(5) - 0.5)
 
 
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"mask": np.ones(4, bool)}, r"mask: that of .* got shape \(4,\), wanted \(5,\)"),
+        ({"mask": np.ones(5, int)}, "mask: that of .* got torch.int64, wanted torch.bool"),
+        ({"hyperplane": np.ones(4)}, r"hyperplane: that of .* got shape \(4,\), wanted \(5,\)"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_no_broken_promise(declared, message):
+    with pytest.raises(ValueError, match=message):
+        check_solver(FunctionSolver(cheapest, **declared), costs(5))
+
+
 def test_a_shortest_path_has_no_hyperplane():
     solver = ShortestPath()
     solver.hyperplane = 1.0
