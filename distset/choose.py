@@ -49,6 +49,17 @@ def by_size(logits: Tensor, size: Tensor | int | None = None, mask: Tensor | Non
 
     Raises:
         ValueError: for sizes below 0 or above the number of elements, logits that are NaN.
+
+    Example:
+        >>> import torch
+        >>> from distset.choose import by_size
+        >>> logits = torch.tensor([[2.0, -1.0, 0.5, -3.0]])
+        >>> by_size(logits, 2)
+        Choice(chosen=tensor([[ True, False,  True, False]]), rule='top psi, size known')
+        >>> by_size(logits, 2, mask=torch.tensor([[True, True, False, True]])).chosen
+        tensor([[ True,  True, False, False]])
+        >>> by_size(logits)  # psi is .88, .27, .62, .05
+        Choice(chosen=tensor([[ True, False,  True, False]]), rule='top psi, size predicted')
     """
     _check_logits(logits, mask)
     offered = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
@@ -76,6 +87,17 @@ def by_greedy(
 
     Raises:
         ValueError: for features that are not finite, gains that are NaN, sizes below 0 or above the number of elements.
+
+    Example:
+        >>> import torch
+        >>> from distset.choose import by_greedy
+        >>> from distset.set_functions import UserUtility
+        >>> covered = UserUtility(lambda elements, subsets: (subsets @ elements).clamp(max=1).sum(-1))
+        >>> offer = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> by_greedy(covered, offer)  # the first element adds nothing to the others
+        Choice(chosen=tensor([False,  True,  True]), rule='greedy ascent of F')
+        >>> by_greedy(covered, offer, size=1).chosen
+        tensor([False,  True, False])
     """
     check_elements(elements, mask, getattr(utility, "element_ndim", 1))
     shape = elements.shape[: elements.dim() - getattr(utility, "element_ndim", 1)]

@@ -132,6 +132,18 @@ class Drawn:
 
     Raises:
         ValueError: for no samples, an unknown derivative, "score" with one sample (a baseline needs another one).
+
+    Example:
+        >>> import torch
+        >>> from distset.gains import Drawn, Enumerated
+        >>> from distset.set_functions import UserUtility
+        >>> three = UserUtility(lambda elements, subsets: -(subsets.sum(-1) - 3) ** 2)  # it wants three of the four
+        >>> offer, logits = torch.zeros(4, 1), torch.zeros(4)
+        >>> Enumerated().start(three, offer, None)(logits).mean  # of k others the gain is 5 - 2 k, and k is 1.5 on average
+        tensor([2., 2., 2., 2.])
+        >>> drawn = Drawn(4000, derivative=None).start(three, offer, None, torch.Generator().manual_seed(0))
+        >>> [round(gain, 1) for gain in drawn(logits).mean.tolist()]
+        [2.0, 2.0, 2.0, 2.0]
     """
 
     def __init__(self, samples: int = 5, derivative: str | None = "score") -> None:

@@ -19,6 +19,17 @@ class Offers(NamedTuple):
         chosen: bool ``(B, N)``, True in S*.
         mask: bool ``(B, N)``, False at padding; None without.
         rule: how the rest of each offer came about, for every result made with it.
+
+    Example:
+        >>> import torch
+        >>> from distset.offers import Offers, check_offer, membership
+        >>> elements = torch.tensor([[[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]], [[6.0, 7.0], [8.0, 9.0], [0.0, 0.0]]])
+        >>> mask = torch.tensor([[True, True, True], [True, True, False]])
+        >>> offers = Offers(elements, membership([[0, 2], [1]], size=3), mask, rule="seen together")
+        >>> offers.chosen
+        tensor([[ True, False,  True],
+                [False,  True, False]])
+        >>> check_offer(offers.elements, offers.chosen, offers.mask)
     """
 
     elements: Tensor

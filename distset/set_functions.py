@@ -131,6 +131,18 @@ class SumUtility(SetFunction):
 
     Raises:
         ValueError: for a head that does not start with a Linear.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from distset.set_functions import SetFunction, SumUtility
+        >>> utility = SumUtility(nn.Linear(3, 5), nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)))
+        >>> offer, subsets = torch.randn(9, 3), torch.rand(4, 9) < 0.5
+        >>> utility(offer, subsets).shape, utility.gains(offer, subsets).shape
+        (torch.Size([4]), torch.Size([4, 9]))
+        >>> one_by_one = SetFunction.gains(utility, offer, subsets)  # N + 1 evaluations; from one sum they are the same
+        >>> torch.allclose(utility.gains(offer, subsets), one_by_one, atol=1e-5)
+        True
     """
 
     def __init__(self, encoder: nn.Module, head: nn.Sequential, *, context: bool = False, element_ndim: int = 1) -> None:
@@ -332,6 +344,16 @@ def published_utility(
 
     Raises:
         ValueError: for an encoder with ``nonlinear``.
+
+    Example:
+        >>> import torch
+        >>> from distset.set_functions import published_utility
+        >>> utility = published_utility(2)
+        >>> offers, subsets = torch.randn(4, 30, 2), torch.rand(4, 5, 30) < 0.5
+        >>> utility(offers, subsets).shape, utility.gains(offers, subsets).shape
+        (torch.Size([4, 5]), torch.Size([4, 5, 30]))
+        >>> bool(utility(offers, torch.zeros(4, 1, 30)).std() < 1e-6)  # without context the empty set is worth one number
+        True
     """
     if encoder is not None and nonlinear:
         raise ValueError("nonlinear: got True with an encoder, wanted one of them")
