@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from distset.data.beer import read_annotations, read_ratings
 from distset.expect import LeaveOneOut, ScoreFunction, Simple
 from distset.noise import TwoPoint
 from distset.perturb_and_map import PerturbAndMap
-from distset.problems.reviews import beer_reviews
+from distset.problems.reviews import beer_reviews, movie_reviews
 from distset.sets import InMemory
 from distset.solve import Identity
 from distset.tasks.explain_words import Explainer, ExplainTask, LinearJudge, Review, explain_judge_task
@@ -168,10 +169,92 @@ def test_beer_reviews(tmp_path) -> None:
 
 def test_bad_beer(tmp_path) -> None:
     write_beer(tmp_path)
-    with pytest.raises(ValueError, match="aspect: got 'foam', wanted one of look"):
-        beer_reviews(str(tmp_path), aspect="foam")
-    with pytest.raises(ValueError, match="path: there is no file"):
-        beer_reviews(str(tmp_path), number=3)
-    (tmp_path / "bad.txt").write_text("0.1 0.2\nno tab here")
-    with pytest.raises(ValueError, match=r"path: line 1 of .*, wanted ratings, a tab and words|has no words"):
-        read_ratings(tmp_path / "bad.txt", "look")
+    for arguments, message in (
+        ({"aspect": "foam"}, "aspect: got 'foam', wanted one of look"),
+        ({"aspect": "taste"}, "path: there is no file .*aspect3.train.txt"),
+        ({"train": 0}, "train: got 0, wanted at least 1"),
+        ({"train": -1}, "train: got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            beer_reviews(str(tmp_path), **arguments)
+    for part in ("train", "heldout"):
+        (tmp_path / f"reviews.aspect4.{part}.txt").write_text("0.1 0.2 0.3 0.4 0.5\tfine")
+    (tmp_path / "annotations.json").write_text(json.dumps({"x": ["fine"], "y": [0.5] * 5, "4": []}))
+    with pytest.raises(ValueError, match=r"aspect: .* has no annotated review with words marked for 'overall'"):
+        beer_reviews(str(tmp_path), aspect="overall")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("no tab here", "path: line 2 of .*, wanted ratings, a tab and words"),
+        ("0.1 0.2", "path: line 2 of .* has no words after its ratings"),
+        ("0.1\tonly the look", "path: line 2 of .*, wanted ratings, a tab and words"),
+        ("0.1 nan\tfine", r"path: line 2 of .* rates the smell nan, wanted a rating in \[0, 1\]"),
+        ("0.1 4.5\tfine", "path: line 2 of .* rates the smell 4.5"),
+    ],
+)
+def test_bad_ratings(line: str, message: str, tmp_path) -> None:
+    (tmp_path / "bad.txt").write_text(f"0.1 0.2\tfine\n{line}")
+    with pytest.raises(ValueError, match=message):
+        read_ratings(tmp_path / "bad.txt", "smell")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"x": ["fine"', "path: line 1 of .*, wanted JSON"),
+        ("[1, 2]", "path: line 1 of .* has no 1, x, y, wanted an annotation"),
+        ('{"x": ["fine"], "y": [0.1], "1": [[0, 1]]}', r"path: line 1 of .* has y = \[0.1\] and ranges .* wanted 5 ratings"),
+        ('{"x": ["fine"], "y": [0.1, 0.5], "1": [0, 1]}', r"path: line 1 of .* ranges \[0, 1\] for smell, wanted .* pairs"),
+        ('{"x": ["fine"], "y": [0.1, NaN], "1": [[0, 1]]}', "path: line 1 of .* rates the smell nan"),
+    ],
+)
+def test_bad_annotations(line: str, message: str, tmp_path) -> None:
+    (tmp_path / "bad.json").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        read_annotations(tmp_path / "bad.json", "smell")
+
+
+def test_ratings_that_cannot_be_unpacked(tmp_path) -> None:
+    write_beer(tmp_path)
+    packed = (tmp_path / "reviews.aspect1.train.txt.gz").read_bytes()
+    for broken in (packed[:-12], b"no gzip"):
+        (tmp_path / "bad.txt.gz").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"path: .*bad.txt.gz cannot be read as text"):
+            read_ratings(tmp_path / "bad.txt.gz", "smell")
+
+
+def write_movies(path, folds=range(10), text: str = "a film") -> str:
+    with zipfile.ZipFile(path, "w") as file:
+        for kind, fold, number in itertools.product(("neg", "pos"), folds, range(3)):
+            file.writestr(f"movie_reviews/{kind}/cv{fold}{number:02}_1.txt", text if number else kind)
+    return str(path)
+
+
+@pytest.mark.parametrize(("limit", "counts"), [(None, [48, 6, 6]), (30, [30, 6, 6]), (5, [5, 5, 5]), (100, [48, 6, 6])])
+def test_as_many_movie_reviews_as_asked_for(limit, counts, tmp_path) -> None:
+    parts = movie_reviews(write_movies(tmp_path / "movies.zip"), limit=limit)
+    assert [len(part) for part in (parts.train, parts.val, parts.test)] == counts
+    labels = [example.target.value for example in parts.train]
+    assert abs(sum(labels) - counts[0] / 2) <= 1
+
+
+def test_an_empty_review_is_one_unknown_word(tmp_path) -> None:
+    parts = movie_reviews(write_movies(tmp_path / "movies.zip", text=" "))
+    assert {tuple(example.set.elements.flatten().tolist()) for example in parts.test} >= {(0,)}
+    assert parts.baselines["judge_accuracy"] > 0.5
+
+
+def test_bad_movie_reviews(tmp_path) -> None:
+    whole, one = write_movies(tmp_path / "movies.zip"), write_movies(tmp_path / "one.zip", range(1, 10))
+    for path, arguments, message in (
+        (whole, {"limit": 0}, "limit: got 0, wanted at least 1"),
+        (whole, {"limit": -5}, "limit: got -5"),
+        (whole, {"limit": 1}, "examples: all 1 training reviews are of one class"),
+        (whole, {"fold": 10}, "fold: got 10"),
+        (one, {"fold": 0}, "path: .*one.zip has no reviews to test on with fold 0"),
+        (one, {"fold": 9}, "path: .*one.zip has no reviews to validate on with fold 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            movie_reviews(path, **arguments)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import math
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,13 +50,21 @@ def read_idx(path: str | Path) -> Tensor:
         ValueError: for a file that is none, or that ends too early.
     """
     opened = gzip.open if Path(path).suffix == ".gz" else open
-    with opened(path, "rb") as file:
-        content = file.read()
+    try:
+        with opened(path, "rb") as file:
+            content = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(
+            f"path: {path} cannot be unpacked ({error}), wanted a file packed by gzip; fetch it again"
+        ) from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"path: {path} is no idx file of bytes (it starts with {content[:4]!r})")
-    shape = np.frombuffer(content, ">u4", content[3], offset=4).astype(int).tolist()
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape))
-    if len(values) != np.prod(shape):
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise ValueError(f"path: {path} ends in its header of {start} bytes; it is not whole")
+    shape = np.frombuffer(content, ">u4", content[3], offset=4).tolist()
+    values = np.frombuffer(content, np.uint8, offset=start)
+    if len(values) != math.prod(shape):
         raise ValueError(f"path: {path} holds {len(values):,} bytes for shape {tuple(shape)}; it is not whole")
     return torch.from_numpy(values.reshape(shape).copy())
 

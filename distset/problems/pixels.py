@@ -71,8 +71,14 @@ def neighbours(
     Args:
         path, train, val, test, seed: as in `images`.
         references: training images among which neighbours are looked for; None for all.
+
+    Raises:
+        ValueError: as `images`.
     """
     training, validation, testing = _parts(path, train, val, test, seed)
+    most = len(training.labels)
+    if references is not None and not 1 <= references <= most:
+        raise ValueError(f"references: got {references:,} images, wanted 1 to {most:,}: there are no more to train on")
     found = LabelledImages(training.images[:references], training.labels[:references])
     known = [example._replace(target=Labelled(example.target, False)) for example in _groups(found)]
     asked = [

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distset.data.beer import RatedReview, read_annotations, read_ratings
+from distset.data.beer import RatedReview, aspect_number, read_annotations, read_ratings
 from distset.data.documents import Vocabulary, read_movie_reviews
 from distset.seeds import generator_for
 from distset.sets import InMemory
@@ -25,10 +26,10 @@ __all__ = ["ReviewExamples", "beer_reviews", "movie_reviews"]
 
 
 class ReviewExamples(LazyExamples):
-    """Documents as sets of word numbers ``(N, 1)``, in reading order."""
+    """Documents as sets of word numbers ``(N, 1)``, in reading order; an empty document is one unknown word."""
 
     def __init__(self, words: Sequence[Sequence[str]], targets: Sequence[Review], vocabulary: Vocabulary, part: str) -> None:
-        self.ids = [torch.from_numpy(vocabulary.ids(document)).unsqueeze(-1) for document in words]
+        self.ids = [torch.from_numpy(vocabulary.ids(document or ["<unknown>"])).unsqueeze(-1) for document in words]
         self.targets, self.part = targets, part
 
     def __len__(self) -> int:
@@ -48,17 +49,21 @@ def movie_reviews(path: str, *, fold: int = 0, vocabulary: int = 20_000, limit: 
         path: of ``movie_reviews.zip``, or of its folder.
         fold: 0 to 9.
         vocabulary: words known, the most frequent of the training reviews.
-        limit: reviews of each part, every so-many-th one; None for all.
+        limit: reviews of each part, evenly spaced; None for all.
 
     Raises:
-        ValueError: for a fold that does not exist, a path without the archive.
+        ValueError: for a fold that does not exist, a path without the archive, an archive without a part, a limit below 1.
     """
     if fold not in range(10):
         raise ValueError(f"fold: got {fold}, wanted 0 to 9")
+    _check_count("limit", limit)
     reviews, folds = read_movie_reviews(path)
     val = (fold + 1) % 10
     own = [np.flatnonzero(part) for part in ((folds != fold) & (folds != val), folds == val, folds == fold)]
-    taken = [reviews.take(rows[:: max(1, len(rows) // (limit or len(rows)))].tolist()) for rows in own]
+    for name, rows in zip(("train", "validate", "test"), own):
+        if not len(rows):
+            raise ValueError(f"path: {path} has no reviews to {name} on with fold {fold}, wanted the archive with ten folds")
+    taken = [reviews.take(_spread(rows, limit).tolist()) for rows in own]
     known = Vocabulary(taken[0].words, size=vocabulary, least=2)
     train, validation, test = (
         ReviewExamples(part.words, [Review(labels[0]) for labels in part.labels], known, name)
@@ -69,26 +74,29 @@ def movie_reviews(path: str, *, fold: int = 0, vocabulary: int = 20_000, limit: 
     return Parts(train, validation, test, facts, _judged(test, LinearJudge(weights, bias)))
 
 
-def beer_reviews(
-    path: str, *, aspect: str = "smell", number: int = 1, vocabulary: int = 20_000, train: int | None = None
-) -> Parts:
+def beer_reviews(path: str, *, aspect: str = "smell", vocabulary: int = 20_000, train: int | None = None) -> Parts:
     """BeerAdvocate reviews and their rating of an aspect; annotated reviews are tested.
 
     Args:
-        path: the folder with ``reviews.aspect{number}.train.txt(.gz)``, ``...heldout.txt(.gz)`` and ``annotations.json``.
+        path: the folder with ``reviews.aspect{number}.train.txt(.gz)``, ``...heldout.txt(.gz)`` and ``annotations.json``;
+            the number is the aspect's place among `distset.data.beer.ASPECTS`: 0 for look, 1 for smell, and so on.
         aspect: one of `distset.data.beer.ASPECTS`.
-        number: of the files: 0 for look, 1 for smell, 2 for palate, 3 for taste.
         vocabulary: words known, the most frequent of the training reviews.
         train: the first so many training reviews; None for all.
 
     Raises:
-        ValueError: for a folder without the files, an unknown aspect.
+        ValueError: for a folder without the files, an unknown aspect or one that nobody annotated, ``train`` below 1.
     """
+    _check_count("train", train)
+    number = aspect_number(aspect)
     read = [
         read_ratings(_either(Path(path), f"reviews.aspect{number}.train.txt"), aspect)[:train],
         read_ratings(_either(Path(path), f"reviews.aspect{number}.heldout.txt"), aspect),
         read_annotations(_either(Path(path), "annotations.json"), aspect),
     ]
+    for name, part in zip(("training review", "heldout review", "annotated review with words marked"), read):
+        if not part:
+            raise ValueError(f"aspect: {path} has no {name} for {aspect!r}, wanted one that has")
     known = Vocabulary([review.words for review in read[0]], size=vocabulary)
     training, validation, testing = (
         ReviewExamples([r.words for r in part], [_review(r) for r in part], known, name)
@@ -102,7 +110,11 @@ def beer_reviews(
 
 
 def fit_judge(examples: ReviewExamples, words: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Weights ``(words, classes)`` and bias ``(classes,)`` of a logistic regression on the share of each word."""
+    """Weights ``(words, classes)`` and bias ``(classes,)`` of a logistic regression on the share of each word.
+
+    Raises:
+        ValueError: for examples of one class.
+    """
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
 
@@ -112,6 +124,8 @@ def fit_judge(examples: ReviewExamples, words: int, classes: int) -> tuple[Tenso
     shares = np.repeat(1 / np.array(lengths), lengths)
     table = csr_matrix((shares, (rows, columns)), shape=(len(lengths), words))
     labels = np.array([target.value for target in examples.targets], int)
+    if len(set(labels.tolist())) < 2:
+        raise ValueError(f"examples: all {len(labels)} training reviews are of one class; take more, or a larger limit")
     fitted = LogisticRegression(C=3e3, max_iter=200).fit(table, labels)
     coefficients, intercepts = fitted.coef_, fitted.intercept_
     if classes == 2:
@@ -128,6 +142,17 @@ def _judged(examples: ReviewExamples, judge: LinearJudge, k: int = 10) -> dict[s
         whole.append(int(judge(words, np.ones_like(words, float)[None])[0, 0].argmax()) == target.value)
         few.append(int(judge(words, kept[None, None].astype(float))[0, 0].argmax()) == target.value)
     return {"judge_accuracy": float(np.mean(whole)), f"judge_on_{k}_random_words": float(np.mean(few))}
+
+
+def _spread(rows: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
+    """As many of ``rows`` as the limit says, evenly spaced."""
+    count = len(rows) if limit is None else min(limit, len(rows))
+    return rows[np.arange(count) * len(rows) // count]
+
+
+def _check_count(name: str, count: int | None) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"{name}: got {count}, wanted at least 1 review, or None for all")
 
 
 def _review(review: RatedReview) -> Review:

@@ -51,6 +51,21 @@ def test_broken_idx_files(tmp_path):
         read_idx(tmp_path / "b")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.gz", gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1, 2, 3]))[:-9], "cut.gz cannot be unpacked"),
+        ("raw.gz", bytes([0, 0, 8, 1, 0, 0, 0, 3, 1, 2, 3]), "raw.gz cannot be unpacked .*Not a gzipped file"),
+        ("short", bytes([0, 0, 8, 3, 0, 0]), "short ends in its header of 16 bytes"),
+        ("huge", bytes([0, 0, 8, 3]) + 12 * b"\xff", "huge holds 0 bytes for shape"),
+    ],
+)
+def test_idx_files_that_are_not_whole(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"path: .*{message}"):
+        read_idx(tmp_path / name)
+
+
 def test_the_strongest_pairs_are_chosen(tmp_path):
     rows = ["drug,target,affinity", *(f"C{'N' * d},M{'K' * t},{d + 10 * t}" for d in range(6) for t in range(6)), "CN,MK,13"]
     (tmp_path / "table.csv").write_text("\n".join(rows))

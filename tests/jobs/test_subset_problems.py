@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from distset.build import build
+from distset.problems.pixels import neighbours
 from distset.problems.runs import load_problem
 from distset.runs import RunFolder
 from distset.training import train_run
@@ -172,3 +173,9 @@ def test_numbers_of_images_that_are_not_there(idx_folder) -> None:
         config["data"]["examples"] |= {bad.split("=")[0]: int(bad.split("=")[1])}
         with pytest.raises(ValueError, match=message):
             build(config["data"]["examples"])
+
+
+@pytest.mark.parametrize("references", [-1, 0, 91])
+def test_neighbours_among_images_that_are_not_there(references, idx_folder) -> None:
+    with pytest.raises(ValueError, match=f"references: got {references} images, wanted 1 to "):
+        neighbours(str(idx_folder), val=20, references=references)
