@@ -66,14 +66,11 @@ class KSubset(Distribution):
     has_enumerate_support = False
 
     def __init__(self, logits: Tensor, k: int | Tensor) -> None:
-        _check_logits(logits)
-        self.logits = logits
-        self.n = logits.shape[-1]
-        counts = check_k(k, self.n, logits.shape[:-1]).to(logits.device)
+        counts = check_subset(logits, k)
+        self.logits, self.n = logits, logits.shape[-1]
         batch_shape = torch.broadcast_shapes(counts.shape, logits.shape[:-1])
         self.k = counts.expand(batch_shape)
         super().__init__(batch_shape, logits.shape[-1:], validate_args=False)
-        self._check_forced()
 
     @classmethod
     def from_probabilities(cls, probabilities: Tensor, k: int | Tensor) -> KSubset:
@@ -339,17 +336,6 @@ class KSubset(Distribution):
         rows = rows if rows.dtype == torch.bool else rows.to(self._dtype)
         return rows.reshape((*self._batch_shape, *rows.shape[1:]))
 
-    def _check_forced(self) -> None:
-        forced = (self.logits == math.inf).sum(-1)
-        possible = self.n - (self.logits == -math.inf).sum(-1)
-        bad = (self.k < forced) | (self.k > possible)
-        if bool(bad.any()):
-            forced, possible = forced.expand(bad.shape)[bad][0], possible.expand(bad.shape)[bad][0]
-            raise ValueError(
-                f"logits: {int(forced)} of {self.n} are +inf (forced in) and {self.n - int(possible)} are -inf (forced "
-                f"out), which leaves no subset of k = {int(self.k[bad].flatten()[0])} elements"
-            )
-
     def __repr__(self) -> str:
         k = int(self.k.flatten()[0]) if self.k.numel() == 1 else "per row"
         return f"KSubset(n={self.n:,}, k={k}, batch_shape={tuple(self._batch_shape)})"
@@ -413,13 +399,37 @@ def _check_logits(logits: Tensor) -> None:
         raise ValueError(f"logits: got NaN ({int(bad.sum())} of {logits.numel()} entries, the first at {where})")
 
 
+def check_subset(logits: Tensor, k: int | Tensor) -> Tensor:
+    """k as an integer tensor where the logits are.
+
+    Raises:
+        ValueError: as `KSubset`.
+    """
+    _check_logits(logits)
+    n = logits.shape[-1]
+    counts = check_k(k, n, logits.shape[:-1]).to(logits.device)
+    forced = (logits == math.inf).sum(-1)
+    possible = n - (logits == -math.inf).sum(-1)
+    bad = (counts < forced) | (counts > possible)
+    if bool(bad.any()):
+        wanted, ins, outs = (int(x.expand(bad.shape)[bad][0]) for x in (counts, forced, n - possible))
+        raise ValueError(
+            f"logits: {ins} of {n} are +inf (forced in) and {outs} are -inf (forced out), which leaves no subset of k = "
+            f"{wanted} elements"
+        )
+    return counts
+
+
 def check_k(k: int | Tensor, n: int, batch_shape: torch.Size) -> Tensor:
     """k as an integer tensor.
 
     Raises:
         ValueError: unless it is whole, in 0..n, and broadcasts with the batch.
     """
-    counts = torch.as_tensor(k)
+    try:
+        counts = torch.as_tensor(k)
+    except (TypeError, ValueError, RuntimeError):
+        counts = torch.tensor(math.nan)
     if counts.dtype == torch.bool or counts.is_floating_point() or counts.is_complex():
         raise ValueError(f"k: got {k!r}, wanted a whole number, or an integer tensor with one for each row of the logits")
     wrong = (counts < 0) | (counts > n)

@@ -1,5 +1,6 @@
 """`KSubset` against enumeration, an extended-precision recursion, scipy; exact sampling against chi-square."""
 
+import decimal
 import itertools
 import math
 
@@ -511,3 +512,53 @@ def test_relaxed_top_k_adds_up_and_tends_to_the_top() -> None:
             relaxed_top_k(keys, k, tau)
     with pytest.raises(ValueError, match="k: got 13"):
         gumbel_top_k(keys, 13)
+
+
+def shares_by_decimals(keys: Tensor, k: int, tau: float) -> Tensor:
+    """The recursion of `relaxed_top_k` with 50 digits and unbounded exponents."""
+    power = decimal.Decimal(1) / decimal.Decimal(tau)
+    with decimal.localcontext(prec=50, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN):
+        weights = [(decimal.Decimal(key) * power).exp() for key in keys.tolist()]
+        total = [decimal.Decimal(0)] * len(weights)
+        for _ in range(k):
+            others = [sum(weights[:i] + weights[i + 1 :]) for i in range(len(weights))]
+            whole = sum(weights)
+            total = [t + w / whole for t, w in zip(total, weights)]
+            weights = [w * (o / whole) ** power for w, o in zip(weights, others)]
+    return torch.tensor([float(t) for t in total], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("spread", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("tau", [0.5, 0.125])
+def test_relaxed_top_k_of_any_spread(spread: float, tau: float) -> None:
+    keys = randn(3, 12, scale=spread).requires_grad_()
+    found = relaxed_top_k(keys, 5, tau)
+    close(found, torch.stack([shares_by_decimals(row, 5, tau) for row in keys]), 1e-13 * (1 + spread) / tau)
+    (slope,) = torch.autograd.grad((found * randn(12, seed=1)).sum(), keys)
+    assert slope.isfinite().all()
+    close(slope.sum(-1), torch.zeros(3).double(), 1e-10)
+
+
+def test_relaxed_top_k_in_single_precision() -> None:
+    assert relaxed_top_k(torch.tensor([1000.0, 0.0, -1000.0]), 2, 0.5).tolist() == [1.0, 1.0, 0.0]
+    keys = torch.tensor([[5.0, -math.inf], [1e4, -1e4]], requires_grad=True)
+    found = relaxed_top_k(keys, torch.tensor([1, 2]), 0.5)
+    torch.testing.assert_close(found, torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    (slope,) = torch.autograd.grad(found[:, 0].sum(), keys)
+    assert slope.isfinite().all()
+
+
+def test_keys_that_cannot_be_chosen() -> None:
+    keys = torch.tensor([[0.0, 1.0, -math.inf], [0.0, math.nan, 1.0]])
+    for call, message in (
+        (lambda: relaxed_top_k(keys, 1, 0.5), r"keys: got NaN \(1 of 6"),
+        (lambda: relaxed_top_k(keys[:1], 3, 0.5), "keys: got 2 of 3 that are not -inf .* wanted at least k = 3"),
+        (lambda: relaxed_top_k(keys[:1], 2.0, 0.5), "k: got 2.0, wanted a whole number"),
+        (lambda: gumbel_top_k(keys, 1), r"logits: got NaN \(1 of 6"),
+        (lambda: gumbel_top_k(keys[:1], 3), "1 are -inf .* no subset of k = 3"),
+        (lambda: gumbel_top_k(-keys[:1], 0), r"1 of 3 are \+inf .* no subset of k = 0"),
+        (lambda: gumbel_top_k(keys[:1], 2.0), "k: got 2.0, wanted a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert gumbel_top_k(keys[:1], np.int64(2)).tolist() == [[1.0, 1.0, 0.0]]
