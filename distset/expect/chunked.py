@@ -63,10 +63,10 @@ def expect_chunked(f: Callable[[Tensor], Any], subset: ChunkedKSubset, num_sampl
     """
     if subset.batch_shape:
         raise ValueError(f"subset: got one of a batch {tuple(subset.batch_shape)} of sets, wanted that of one set")
-    check_samples(num_samples, 2, "the baseline of a sample is made from the others")
-    chosen = subset.sample_indices((num_samples,), seed=seed)
+    count = check_samples(num_samples, 2, "the baseline of a sample is made from the others")
+    chosen = subset.sample_indices((count,), seed=seed)
     values = Function(f)(chosen).detach().double().cpu()
-    weights = (values - values.mean()) / (num_samples - 1)
+    weights = (values - values.mean()) / (count - 1)
     positions, place = chosen.flatten().unique(return_inverse=True)
     gradient = torch.zeros(len(positions), dtype=torch.float64)
     gradient.index_add_(0, place, weights.repeat_interleave(chosen.shape[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,7 +51,7 @@ class Function:
     def __call__(self, z: Tensor) -> Tensor:
         # A black box may write on what it is given; the gradient is made of the samples as they were.
         found = self.f(z if z.requires_grad else z.clone())
-        values = found if isinstance(found, Tensor) else torch.as_tensor(found, device=z.device)
+        values = _as_values(found, z)
         wanted = z.shape[: -1 - self.joint]
         if values.shape != wanted:
             raise ValueError(
@@ -81,10 +82,25 @@ class Function:
         return slopes
 
 
-def check_samples(num_samples: int, least: int, why: str) -> None:
-    """Raises ValueError where there are fewer than ``least`` samples."""
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < least:
+def _as_values(found: Any, z: Tensor) -> Tensor:
+    try:
+        values = found if isinstance(found, Tensor) else torch.as_tensor(found, device=z.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"f: returned {type(found).__name__} ({error}), wanted a value for each draw") from error
+    if values.is_complex():
+        raise ValueError(f"f: returned {values.dtype}, wanted real numbers")
+    return values
+
+
+def check_samples(num_samples: int, least: int, why: str) -> int:
+    """The number of samples; raises ValueError where there are fewer than ``least``."""
+    try:
+        count = -1 if isinstance(num_samples, bool) else operator.index(num_samples)
+    except TypeError:
+        count = -1
+    if count < least:
         raise ValueError(f"num_samples: got {num_samples!r}, wanted at least {least}: {why}")
+    return count
 
 
 def describe(estimators: Sequence[Estimator]) -> list[dict[str, str]]:

@@ -89,6 +89,15 @@ class Simple(Estimator):
     """SIMPLE: exact samples, and the gradient of f pulled back through the exact inclusion probabilities.
 
     Unbiased where f is affine.
+
+    Example:
+        >>> import torch
+        >>> from distset.expect import Simple, expect
+        >>> from distset.subsets import KSubset
+        >>> logits = torch.zeros(4, requires_grad=True)
+        >>> expect(lambda z: z[:, 0], KSubset(logits, k=2), 1, grad=Simple(), seed=0).backward()
+        >>> 12 * logits.grad
+        tensor([ 3., -1., -1., -1.])
     """
 
     exact_samples, unbiased, needs_differentiable_f = True, False, True
@@ -223,12 +232,17 @@ class IMLE(Estimator):
     Args:
         target: `FixedTarget(strength)` (default) or `AdaptiveTarget()`.
         noise: `SumOfGamma(k)` unless given, as published.
+
+    Raises:
+        ValueError: for a target that is none.
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, True
 
     def __init__(self, target: FixedTarget | AdaptiveTarget | None = None, *, noise: Noise | None = None) -> None:
         self.target = FixedTarget() if target is None else target
+        if not isinstance(self.target, (FixedTarget, AdaptiveTarget)):
+            raise ValueError(f"target: got {target!r}, wanted a target such as FixedTarget(10.0)")
         self.noise = noise
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:

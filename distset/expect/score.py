@@ -23,12 +23,27 @@ class ScoreFunction(Estimator):
 
     Args:
         baseline: `Ridge()` (default), `LeaveOneOut()`, `NoBaseline()`, `Past(n)`; `Tangent()` where f is differentiable.
+
+    Raises:
+        ValueError: for a baseline that is none.
+
+    Example:
+        >>> import torch
+        >>> from distset.expect import LeaveOneOut, ScoreFunction, expect
+        >>> from distset.subsets import KSubset
+        >>> logits = torch.zeros(4, requires_grad=True)
+        >>> chosen_first = lambda z: z.numpy()[:, 0]  # a black box
+        >>> expect(chosen_first, KSubset(logits, k=2), 4000, grad=ScoreFunction(LeaveOneOut()), seed=0).backward()
+        >>> torch.allclose(logits.grad, torch.tensor([3.0, -1.0, -1.0, -1.0]) / 12, atol=0.02)
+        True
     """
 
     exact_samples, unbiased = True, True
 
     def __init__(self, baseline: Baseline | None = None) -> None:
         self.baseline = Ridge() if baseline is None else baseline
+        if not isinstance(self.baseline, Baseline):
+            raise ValueError(f"baseline: got {baseline!r}, wanted a baseline (not its class or name), such as LeaveOneOut()")
 
     @property
     def needs_differentiable_f(self) -> bool:  # type: ignore[override]

@@ -12,6 +12,7 @@ from torch.distributions import Independent
 from distset.expect.estimator import Estimator, Function, attach_gradient, check_samples
 from distset.expect.score import ScoreFunction
 from distset.subsets import KSubset
+from distset.subsets.distribution import drawn_seed
 
 __all__ = ["expect"]
 
@@ -43,8 +44,9 @@ def expect(
         ``(*)``, the mean.
 
     Raises:
-        ValueError: for num_samples below 1 (or below what the estimator needs); values of f of a wrong shape or not
-            finite; an f without a gradient where the estimator needs one.
+        ValueError: for num_samples below 1 (or below what the estimator needs); a ``grad`` that is no estimator; a seed of
+            more than 64 bits; values of f of a wrong shape, not finite or no real numbers; an f without a gradient where the
+            estimator needs one.
 
     Example:
         >>> import torch
@@ -63,8 +65,11 @@ def expect(
     joint = subset.reinterpreted_batch_ndims if isinstance(subset, Independent) else 0
     if not isinstance(base, KSubset):
         raise ValueError(f"subset: got {type(base).__name__}, wanted a KSubset(logits, k), or Independent of one")
-    check_samples(num_samples, 1, "a mean needs a sample")
-    mean = (ScoreFunction() if grad is None else grad)(Function(f, joint), base, num_samples, seed)
+    count = check_samples(num_samples, 1, "a mean needs a sample")
+    estimator = ScoreFunction() if grad is None else grad
+    if not isinstance(estimator, Estimator):
+        raise ValueError(f"grad: got {grad!r}, wanted an estimator (not its class or name), such as ScoreFunction()")
+    mean = estimator(Function(f, joint), base, count, None if seed is None else drawn_seed(seed))
     if not (torch.is_grad_enabled() and base.logits.requires_grad) or bool(base.free.any()):
         return mean
     return attach_gradient(mean, base.logits, torch.zeros_like(base.logits))  # nothing to choose: a gradient of 0, not none

@@ -56,6 +56,8 @@ class ChunkedKSubset:
         self.set, self.n, self.batch_shape = set, len(set), set.batch_shape
         self.k = check_k(k, self.n, set.batch_shape)
         score = element_as_logit if logits is None else logits
+        if isinstance(score, LogitTable) and len(score.logits) != self.n:
+            raise ValueError(f"logits: got a table of {len(score.logits)}, wanted {self.n}, one for each element of the set")
         k_rows = self._k_rows.double()
         self._range: rules.LogitRange = set.merge(_range, score)
         left = k_rows - self._range.forced
@@ -250,9 +252,24 @@ class LogitTable:
     """A free logit for each element, ``(n)``, by its position: what a chunk scores its elements with.
 
     Where chunks live elsewhere the table goes to them with each call: n numbers, and not the elements.
+
+    Raises:
+        ValueError: for logits of another shape.
+
+    Example:
+        >>> import torch
+        >>> from distset import InMemory
+        >>> from distset.subsets import ChunkedKSubset, LogitTable
+        >>> pictures = InMemory(torch.rand(5, 3), chunk_size=2)
+        >>> subset = ChunkedKSubset(pictures, k=2, logits=LogitTable(torch.tensor([0.0, 3.0, 1.0, 2.0, -1.0])))
+        >>> subset.mode_indices()
+        tensor([1, 3])
     """
 
     def __init__(self, logits: Tensor) -> None:
+        if not isinstance(logits, Tensor) or logits.dim() != 1:
+            found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"logits: got {found}, wanted a tensor (n) with one for each element of the set")
         self.logits = logits.detach()
 
     def __call__(self, chunk: Chunk) -> Tensor:

@@ -10,6 +10,7 @@ References:
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -79,10 +80,11 @@ class KSubset(Distribution):
         A probability of 0 or 1 forces its element out or in and has a gradient of 0.
 
         Raises:
-            ValueError: for probabilities outside of [0, 1]; as above for k.
+            ValueError: for probabilities outside of [0, 1] or NaN; as above for k.
         """
+        _check_tensor("probabilities", probabilities)
         if not bool(((probabilities >= 0) & (probabilities <= 1)).all()):
-            raise ValueError("probabilities: got an entry that is NaN or outside of [0, 1]; wanted probabilities")
+            raise ValueError("probabilities: got an entry outside of [0, 1]; wanted probabilities")
         out, surely = probabilities == 0, probabilities == 1
         open_ = probabilities.double().masked_fill(out | surely, 0.5)
         logits = (open_.log() - (-open_).log1p()).masked_fill(out, -math.inf).masked_fill(surely, math.inf)
@@ -382,21 +384,34 @@ def uses_table(n: int, k: Tensor) -> bool:
 
 
 def drawn_seed(seed: int | None) -> int:
-    return int(torch.randint(2**62, ()).item()) if seed is None else seed
+    """The seed, or one from torch's default generator.
+
+    Raises:
+        ValueError: for a seed that is no integer of 64 bits.
+    """
+    if seed is None:
+        return int(torch.randint(2**62, ()).item())
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        number = 2**63
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed: got {seed!r}, wanted an integer of 64 bits, below 2**63")
+    return number
 
 
 def _result_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _check_logits(logits: Tensor) -> None:
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 1 or logits.numel() == 0:
-        found = f"{logits.dtype} of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"logits: got {found}, wanted a floating-point tensor (*, n) with n >= 1")
-    bad = logits.isnan()
+def _check_tensor(name: str, given: Tensor) -> None:
+    if not isinstance(given, Tensor) or not given.is_floating_point() or given.dim() < 1 or given.numel() == 0:
+        found = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(f"{name}: got {found}, wanted a floating-point tensor (*, n) with n >= 1")
+    bad = given.isnan()
     if bool(bad.any()):
         where = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"logits: got NaN ({int(bad.sum())} of {logits.numel()} entries, the first at {where})")
+        raise ValueError(f"{name}: got NaN ({int(bad.sum())} of {given.numel()} entries, the first at {where})")
 
 
 def check_subset(logits: Tensor, k: int | Tensor) -> Tensor:
@@ -405,7 +420,7 @@ def check_subset(logits: Tensor, k: int | Tensor) -> Tensor:
     Raises:
         ValueError: as `KSubset`.
     """
-    _check_logits(logits)
+    _check_tensor("logits", logits)
     n = logits.shape[-1]
     counts = check_k(k, n, logits.shape[:-1]).to(logits.device)
     forced = (logits == math.inf).sum(-1)

@@ -330,9 +330,9 @@ def test_shared_logits_add_up_their_rows() -> None:
     assert logits.grad.shape == (5,)
 
 
-@pytest.mark.parametrize(("num_samples", "bar"), [(2, 1.05), (5, 1.05), (8, 1.05), (16, 1.08), (32, 1.05)])
-def test_a_useless_surrogate_hurts_little(num_samples: int, bar: float) -> None:
-    """f = parity of the chosen positions: no affine function explains it. At 16 samples of 8 elements a fit is worst."""
+@pytest.mark.parametrize("num_samples", [2, 5, 8, 12, 16, 20, 32])
+def test_a_useless_surrogate_hurts_little(num_samples: int) -> None:
+    """f = parity of the chosen positions: no affine function explains it. A ratio's standard error is .004 at most."""
 
     def parity(z: Tensor) -> Tensor:
         return (z @ torch.tensor([1.0, 2, 4, 7, 11, 16, 22, 29]).to(z)).remainder(2) * 2 - 1 + 10
@@ -347,8 +347,7 @@ def test_a_useless_surrogate_hurts_little(num_samples: int, bar: float) -> None:
     past.slope += randn(8)
     for baseline in (Ridge(), past):
         ratio = spread(baseline) / spread(LeaveOneOut())
-        print(baseline, ratio)
-        assert ratio < bar
+        assert ratio < 1.05
 
 
 def test_the_past_is_learned_saved_and_useful() -> None:
@@ -454,6 +453,13 @@ def test_without_a_gradient_only_the_mean_is_made() -> None:
         (quadratic, 1, ScoreFunction(LeaveOneOut()), "num_samples: got 1, wanted at least 2: LeaveOneOut.. is made from"),
         (lambda z: z, 3, None, r"f: returned shape \(3, 6\)"),
         (lambda z: torch.tensor([0.0, 1.0, float("nan")]), 3, None, "f: returned nan for sample 2"),
+        (lambda z: None, 3, None, "f: returned NoneType .* wanted a value for each draw"),
+        (lambda z: ["low", "high", "low"], 3, None, "f: returned list"),
+        (lambda z: z.sum(-1) * 1j, 3, None, "f: returned torch.complex128, wanted real numbers"),
+        (quadratic, True, None, "num_samples: got True"),
+        (quadratic, "3", None, "num_samples: got '3'"),
+        (quadratic, 3, Simple, "grad: got <class .*Simple'>, wanted an estimator"),
+        (quadratic, 3, "simple", "grad: got 'simple'"),
         (lambda z: np.asarray(z.detach()).sum(-1), 3, Simple(), "f: its values carry no gradient in z"),
         (lambda z: np.asarray(z.detach()).sum(-1), 3, ScoreFunction(Tangent()), "f: its values carry no gradient in z"),
         (lambda z: WEIGHT * z.detach().sum(-1), 3, ScoreFunction(Tangent()), "f: its values carry no gradient in z"),
@@ -465,6 +471,23 @@ def test_bad_input(f, num_samples, estimator, message: str) -> None:
         expect(f, KSubset(randn(6).requires_grad_(), 3), num_samples, grad=estimator, seed=0)
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1, 1.5, "0"])
+def test_seeds_that_are_no_integers_of_64_bits(seed) -> None:
+    subset = KSubset(randn(6), 3)
+    for estimator in (None, GumbelScore(), PerturbAndMap()):
+        with pytest.raises(ValueError, match=r"seed: got .* wanted an integer of 64 bits"):
+            expect(quadratic, subset, 2, grad=estimator, seed=seed)
+    with pytest.raises(ValueError, match="seed: got"):
+        subset.sample(seed=seed)
+
+
+@pytest.mark.parametrize("estimator", [None, GumbelScore(), PerturbAndMap()])
+def test_integers_of_numpy(estimator: Estimator | None) -> None:
+    subset = KSubset(randn(6), np.int64(3))
+    found = expect(quadratic, subset, np.int64(8), grad=estimator, seed=np.int64(1))
+    torch.testing.assert_close(found, expect(quadratic, subset, 8, grad=estimator, seed=1))
+
+
 def test_bad_settings() -> None:
     for make, message in (
         (lambda: GumbelSoftmax(0.0), "tau: got 0"),
@@ -473,6 +496,8 @@ def test_bad_settings() -> None:
         (lambda: AdaptiveTarget(momentum=1.0), "momentum: got 1"),
         (lambda: Ridge(folds=1), "folds: got 1"),
         (lambda: Past(5, rate=0.0), "rate: got 0"),
+        (lambda: IMLE(3.0), "target: got 3.0"),
+        (lambda: ScoreFunction(Ridge), "baseline: got <class"),
     ):
         with pytest.raises(ValueError, match=message):
             make()

@@ -10,7 +10,7 @@ from torch.distributions import kl_divergence
 
 from distset.sets import Chunk, InMemory
 from distset.states import merge_tree
-from distset.subsets import ChunkedKSubset, CountPmf, KSubset
+from distset.subsets import ChunkedKSubset, CountPmf, KSubset, LogitTable
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -135,6 +135,10 @@ def test_bad_input() -> None:
         ChunkedKSubset(InMemory(randn(50, 3), 20), 5)
     with pytest.raises(ValueError, match="logits: got shape"):
         ChunkedKSubset(InMemory(elements, 20), 5, logits=lambda chunk: chunk.elements)
+    with pytest.raises(ValueError, match="logits: got a table of 51, wanted 50"):
+        ChunkedKSubset(InMemory(elements, 20), 5, logits=LogitTable(torch.zeros(51)))
+    with pytest.raises(ValueError, match=r"logits: got shape \(50, 1\), wanted a tensor \(n\)"):
+        LogitTable(elements)
     elements[33] = math.nan
     with pytest.raises(ValueError, match="NaN in chunk 1"):
         ChunkedKSubset(InMemory(elements, 20), 5)

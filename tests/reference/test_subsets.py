@@ -395,6 +395,8 @@ def test_from_probabilities_is_the_conditioned_bernoulli() -> None:
         (torch.zeros(4), -1, "k: got -1"),
         (torch.zeros(4), 5, "k: got 5"),
         (torch.zeros(4), 2.0, "k: got 2.0, wanted a whole number"),
+        (torch.zeros(4), None, "k: got None, wanted a whole number"),
+        (torch.zeros(4), "3", "k: got '3', wanted a whole number"),
         (torch.tensor([0.0, math.nan]), 1, r"logits: got NaN \(1 of 2 entries, the first at \(1,\)\)"),
         (torch.tensor([math.inf, math.inf, 0.0]), 1, "2 of 3 are \\+inf"),
         (torch.tensor([-math.inf, -math.inf, 0.0]), 2, "2 are -inf"),
@@ -413,6 +415,10 @@ def test_bad_values() -> None:
         subset.log_prob(torch.zeros(3))
     with pytest.raises(ValueError, match="probabilities"):
         KSubset.from_probabilities(torch.tensor([0.5, 1.5]), 1)
+    with pytest.raises(ValueError, match="probabilities: got list, wanted a floating-point tensor"):
+        KSubset.from_probabilities([0.5, 0.5], 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="probabilities: got NaN"):
+        KSubset.from_probabilities(torch.tensor([0.5, math.nan]), 1)
     with pytest.raises(ValueError, match="differs between rows"):
         KSubset(torch.zeros(2, 4), torch.tensor([1, 2])).sample_indices()
     assert subset.log_prob(torch.tensor([1.0, 1, 1, 0])) == -math.inf
