@@ -111,6 +111,22 @@ def test_a_short_document_is_kept_whole() -> None:
     assert task.batch_loss([short, DOCUMENTS[0]], seed=0).isfinite()
 
 
+def test_precision_is_the_share_of_kept_words() -> None:
+    task = task_of(judge=False)
+    short, long = document(3, label=1), DOCUMENTS[0]
+    with torch.no_grad():
+        outputs = [task.predict(example.set) for example in (short, long)]
+    kept = outputs[1][2:].bool()
+    half = torch.zeros(5, dtype=torch.bool)
+    half[kept.nonzero()[0]] = True
+    for output, marked, wanted in (
+        (outputs[0], torch.tensor([True]), 1.0),
+        (outputs[0], torch.tensor([False]), 0.0),
+        (outputs[1], half, 0.5),
+    ):
+        assert task.metrics([output], [Review(1, marked)])["precision"] == wanted
+
+
 def test_identity_sees_each_document_alone() -> None:
     """Without noise: the gradient of a padded batch, one document shorter than k, is the mean of the documents' own."""
     documents = [*DOCUMENTS, document(3, label=1)]

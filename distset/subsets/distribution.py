@@ -92,7 +92,7 @@ class KSubset(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:  # type: ignore[override]
-        return constraints.independent(constraints.boolean, 1)
+        return _OfSize(self.k)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> KSubset:
         batch_shape = torch.Size(batch_shape)
@@ -341,6 +341,18 @@ class KSubset(Distribution):
     def __repr__(self) -> str:
         k = int(self.k.flatten()[0]) if self.k.numel() == 1 else "per row"
         return f"KSubset(n={self.n:,}, k={k}, batch_shape={tuple(self._batch_shape)})"
+
+
+class _OfSize(constraints.Constraint):
+    """Zeros and ones ``(..., *, n)`` of which ``k (*)`` are ones."""
+
+    is_discrete, event_dim = True, 1
+
+    def __init__(self, k: Tensor) -> None:
+        self.k = k
+
+    def check(self, value: Tensor) -> Tensor:
+        return ((value == 0) | (value == 1)).all(-1) & (value.sum(-1) == self.k)
 
 
 @kl.register_kl(KSubset, KSubset)

@@ -214,7 +214,7 @@ class ExplainTask:
         if len(whole):
             figures["agreement"] = float(answer.argmax() == whole.argmax())
         if target.marked is not None:
-            figures["precision"] = float((kept.bool() & target.marked).sum()) / max(self.k, int(kept.sum()))
+            figures["precision"] = float((kept.bool() & target.marked).sum()) / max(1, int(kept.sum()))
         return figures
 
     def _say(self, answer: Tensor) -> str:

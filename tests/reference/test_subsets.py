@@ -376,6 +376,13 @@ def test_divergences_of_single_precision_logits_keep_their_digits(n: int, k: int
     torch.testing.assert_close(slope.double(), wanted, rtol=1e-6, atol=1e-9)
 
 
+def test_the_support_is_of_subsets_of_size_k() -> None:
+    support = KSubset(torch.zeros(2, 4), torch.tensor([2, 3])).support
+    tries = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 0], [2, 0, 0, 0], [0.5, 0.5, 1, 0]])
+    assert support.check(tries.unsqueeze(1).expand(4, 2, 4)).tolist() == [[True, False], [False, True]] + 2 * [[False] * 2]
+    assert support.check(KSubset(torch.zeros(2, 4), torch.tensor([2, 3])).sample((5,))).all()
+
+
 def test_from_probabilities_is_the_conditioned_bernoulli() -> None:
     p = torch.tensor([0.2, 0.9, 0.5, 1.0, 0.0], dtype=torch.float64, requires_grad=True)
     z = subsets(5, 3)
