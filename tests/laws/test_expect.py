@@ -113,7 +113,14 @@ def draws(estimator: Estimator, rows: int, num_samples: int, seed: int = 0) -> t
     return leaf.grad, true_gradient(logits, K)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def adapted() -> IMLE:
+    """With a strength, which it does not have at first."""
+    target = AdaptiveTarget()
+    target.beta += 1
+    return IMLE(target)
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, adapted(), PerturbAndMap()], ids=repr)
 def test_labels_are_true(estimator: Estimator) -> None:
     """10^5 samples of f: no bias where the label says so; a bias far beyond its error where it says otherwise."""
     error = estimator_error(*draws(estimator, 25_000, 4))
@@ -321,6 +328,37 @@ def test_rows_are_independent_of_each_other(estimator: Estimator) -> None:
     moved = other.requires_grad_()
     expect(quadratic, KSubset(moved, subset.k), 6, grad=estimator, seed=0).sum().backward()
     torch.testing.assert_close(moved.grad[0], logits.grad[0])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS[:5], *ESTIMATORS[6:], adapted(), PerturbAndMap()], ids=repr)
+def test_half_precision_is_that_of_its_numbers(estimator: Estimator) -> None:
+    half = randn(6).half().requires_grad_()
+    single = half.detach().float().requires_grad_()
+    mean, same = (expect(quadratic, KSubset(leaf, 3), 64, grad=estimator, seed=0) for leaf in (half, single))
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean, same)
+    found, wanted = torch.autograd.grad(mean, half)[0], torch.autograd.grad(same, single)[0]
+    assert found.dtype == torch.float16
+    assert (found != 0).any()
+    torch.testing.assert_close(found.float(), wanted, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "estimator",
+    [*ESTIMATORS[:5], *(e for e in ESTIMATORS[6:] if repr(e) != repr(GumbelSoftmax(0.5))), adapted(), PerturbAndMap()],
+    ids=repr,
+)
+def test_widely_spread_logits_leave_no_choice(estimator: Estimator, dtype: torch.dtype) -> None:
+    """No noise brings another subset up: f sees the mode, and estimators of the distribution have a gradient of 0."""
+    leaf = (1e4 * torch.tensor([3.0, -2, 1, -1, 2, -3], dtype=dtype)).requires_grad_()
+    subset = KSubset(leaf, 3)
+    mean = expect(quadratic, subset, 8, grad=estimator, seed=0)
+    torch.testing.assert_close(mean, quadratic(subset.mode))
+    (found,) = torch.autograd.grad(mean, leaf)
+    assert found.isfinite().all()
+    if estimator.exact_samples and not isinstance(estimator, StraightThrough):
+        assert (found.abs() < 1e-12).all()
 
 
 def test_shared_logits_add_up_their_rows() -> None:
