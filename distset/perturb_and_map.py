@@ -41,6 +41,18 @@ class PerturbAndMap(Estimator):
     Args:
         strategy: `Identity()` unless given. One with noise of its own (`IMLE`) is better taken from `distset.expect`.
         noise: `SumOfGamma(k)` unless given, as published; k as far as it is not settled.
+
+    Example:
+        >>> import torch
+        >>> from distset.expect import expect
+        >>> from distset.perturb_and_map import PerturbAndMap
+        >>> from distset.solve import Identity
+        >>> from distset.subsets import KSubset
+        >>> logits, cost = torch.zeros(4, requires_grad=True), torch.tensor([4.0, 1.0, 2.0, 1.0])
+        >>> grad = PerturbAndMap(Identity("mean"))
+        >>> expect(lambda z: z @ cost, KSubset(logits, k=2), 8, grad=grad, seed=0).backward()
+        >>> logits.grad
+        tensor([ 2., -1.,  0., -1.])
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, True

@@ -47,7 +47,16 @@ def read_idx(path: str | Path) -> Tensor:
     """One idx file of unsigned bytes, packed by gzip or not.
 
     Raises:
-        ValueError: for a file that is none, or that ends too early.
+        ValueError: for a file that is none, that ends too early, or that cannot be unpacked.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     _ = file.write(bytes([0, 0, 8, 2]) + bytes([0, 0, 0, 2]) + bytes([0, 0, 0, 3]) + bytes(range(6)))
+        ...     file.flush()
+        ...     read_idx(file.name)
+        tensor([[0, 1, 2],
+                [3, 4, 5]], dtype=torch.uint8)
     """
     opened = gzip.open if Path(path).suffix == ".gz" else open
     try:
