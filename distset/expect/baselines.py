@@ -170,9 +170,11 @@ class Past(nn.Module, Baseline):
 
 
 # Penalties of the ridge regression, relative to the mean squared length of a centred sample in the training folds.
-PENALTIES = (0.3, 3.0)
+PENALTIES = (0.3, 1.0, 3.0)
 # The F statistic below which a prediction is not trusted: of one given direction, and of as many as there are samples.
 DOUBT_ONE, DOUBT_ALL = 4.0, 8.0
+# So many times as much evidence is wanted, at most, of a fit by the weakest penalty.
+MORE_DOUBT = 3.0
 # Training samples below which no slope is fitted, a mean only.
 FEWEST = 5
 
@@ -213,7 +215,7 @@ def _ridge(values: Tensor, x: Tensor) -> Tensor:
         leverage = (W.square() @ inverse.unsqueeze(-1)).squeeze(-1) + 1 / count
         fitted = (W @ (inverse * along).unsqueeze(-1)).squeeze(-1)
         predicted = wanted - (fc - fitted) / (1 - leverage)  # by the other samples
-        factor = _shrinkage(predicted, wanted, DOUBT_ALL * spectrum.shape[-1] / count).unsqueeze(-1)
+        factor = _shrinkage(predicted, wanted, _doubt(penalty, spectrum.shape[-1], count)).unsqueeze(-1)
         error = (wanted - factor * predicted).square().sum(-1)
         chosen = (factor * inverse * along).where((error < best).unsqueeze(-1), chosen)
         best = torch.minimum(error, best)
@@ -238,6 +240,20 @@ def _principal(xc: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     inverse = torch.where(root > 1e-7 * root.amax(-1, keepdim=True), 1 / root, 0.0)
     W = U * root.unsqueeze(-2)
     return spectrum.clamp_min(0), W, lambda c: (xc.mT @ (U @ (inverse * c).unsqueeze(-1))).squeeze(-1)
+
+
+def _doubt(penalty: float, directions: int, count: int) -> float:
+    r"""The F statistic wanted of a ridge fit of so many directions to ``count`` samples: :math:`8 \rho`, their ratio.
+
+    By the weakest penalty :math:`8 \rho^2 / (1 - \rho)^2`, between that and 3 times that: chance alone explains
+    :math:`\rho / (1 - \rho)` of what it leaves, so that near as many directions as samples the errors within the training
+    folds, from which the statistic comes, say little about those outside. A stronger penalty fits fewer directions.
+    """
+    share = directions / count
+    if penalty > PENALTIES[0]:
+        return DOUBT_ALL * share
+    odds = share / (1 - share) if share < 1 else torch.inf
+    return DOUBT_ALL * min(max(odds**2, share), MORE_DOUBT * share)
 
 
 def _shrinkage(predicted: Tensor, wanted: Tensor, doubt: float) -> Tensor:
