@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.report import report, table
 from distset import UMBC, ChunkedSet, Exact, Features, Full, InMemory, Sampled, encode_set
@@ -43,6 +44,19 @@ def status_mib(key: str) -> float:
         if line.startswith(key):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"this kernel does not report {key} in /proc/self/status")
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most bytes of tensors on the CPU that a step has at one time beside what was there before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        step()
+    found: Any = watched.profiler
+    changes = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 @contextmanager

@@ -23,9 +23,9 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.clustering import saved_bytes
+from benchmarks.memory import peak_bytes
 from benchmarks.report import report, table
 from benchmarks.timing import best_times
 from distset import InMemory
@@ -52,21 +52,8 @@ def built(facts: Mapping[str, Any], *overrides: str) -> Any:
     return task
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most bytes of tensors that a step has at one time beside what there was before it."""
-    step()  # gradients are there afterwards, and whatever else is set up but once
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        step()
-    found: Any = watched.profiler
-    changes = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
 def measured(model: nn.Module, step: Callable[[], object]) -> Row:
+    step()  # gradients are there afterwards, and whatever else is set up but once
     return {"peak MiB": peak_bytes(step) / MIB, "kept MiB": saved_bytes(model, step) / MIB}
 
 
