@@ -147,7 +147,7 @@ def time_by_k(n: int) -> dict[int, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--full", action="store_true", help="truth up to 10^6 (a minute), the recursion up to 10^4")
+    parser.add_argument("--full", action="store_true", help="truth up to 10^6 (minutes), the recursion up to 10^4")
     full = parser.parse_args().full
     torch.set_num_threads(1)
     rows = measure(full)
