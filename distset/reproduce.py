@@ -1,8 +1,8 @@
 """Tables of results: the runs of a table, what they measured beside what was published, and the page that shows it.
 
 A `Table` is rows; a row is a configuration of ``jobs.train`` over some seeds (and folds). `collect` trains what is not
-trained yet and gathers the test figures; `render` turns all gathered tables into one Markdown page. No figure of a table is
-typed by hand; notes beside them (``results/*.md``) are, and say so.
+trained yet and gathers the test figures; `render` turns all gathered tables into one Markdown page. No figure is
+typed by hand.
 """
 
 from __future__ import annotations
@@ -156,13 +156,12 @@ def measure(names: Sequence[str], results: str | Path) -> None:
 
 
 def render(results: str | Path, page: str | Path, order: Sequence[str] = ()) -> None:
-    """Write the page: gathered tables (those of ``order`` first), notes of ``results/*.md``, benchmarks."""
+    """Write the page: gathered tables (those of ``order`` first), benchmarks."""
     folder = Path(results)
     paths = [path for path in sorted(folder.glob("*.json")) if path.name != BENCHMARKS]
     found = {path.stem: json.loads(path.read_text()) for path in paths}
     names = [name for name in order if name in found] + [name for name in found if name not in order]
     sections = [_section(found[name], _drawn(folder, name, page)) for name in names]
-    sections += [path.read_text() for path in sorted(folder.glob("*.md"))]
     if (folder / BENCHMARKS).is_file():
         sections.append(_speed(json.loads((folder / BENCHMARKS).read_text()), _drawn(folder, "benchmark", page)))
     write_atomically(Path(page), "\n".join([HEAD, *sections]))
