@@ -225,7 +225,7 @@ def _bounded(cost: np.ndarray, distance: np.ndarray) -> np.ndarray:
     least = cost.min()
     tour = _two_opt(_nearest(distance), distance)
     length = float((distance[tour, np.roll(tour, -1)] - least).sum())
-    return np.minimum(cost - least, 2 * length)
+    return np.minimum(cost - least, 2 * length) if length > 0 else np.sign(cost - least)
 
 
 def _nearest(distance: np.ndarray) -> np.ndarray:

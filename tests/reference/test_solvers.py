@@ -269,6 +269,15 @@ def test_a_road_that_is_far_too_long_hides_nothing(longest):
     assert np.allclose((found * costs).sum((1, 2)), (HeldKarp().solve(costs) * costs).sum((1, 2)), atol=1e-9)
 
 
+@pytest.mark.parametrize("longer", [1.0, 1e8])
+def test_a_tour_of_shortest_edges_alone_is_found(longer):
+    order = np.random.default_rng(0).permutation(9)
+    costs = np.full((1, 9, 9), 2.0 + longer)
+    costs[0, order, np.roll(order, -1)] = costs[0, np.roll(order, -1), order] = 2.0
+    costs[0, order[0], order[4]] = costs[0, order[4], order[0]] = 2.0
+    assert (Tour(dynamic=2).solve(costs) * costs).sum() == 2 * 9 * 2.0
+
+
 def test_paths_may_be_looked_for_by_many_threads():
     costs = np.random.default_rng(0).uniform(size=(64, 3, 6, 7))
     solver = ShortestPath()
