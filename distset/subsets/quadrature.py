@@ -173,8 +173,10 @@ def quadrature(
 def solve_tilt(start: LogitRange, k: Tensor, moments: Callable[[Tensor], Moments]) -> tuple[Tensor, Tensor, Tensor]:
     """The tilt at which the mean count is k: safeguarded Newton steps on the log-odds of the mean share ``E[K] / n``.
 
-    Newton's step is exact where all logits are equal. The tilt need not be exact (every tilt gives the same answer); a
-    hundredth of a standard deviation is plenty, and saves rounds of sums over the elements.
+    Newton's step is exact where all logits are equal. Where it leaves the bracket, or is over half as long as the step
+    before the last one (Brent 1973: between groups of logits far apart Newton's steps go to and fro), the bracket is halved.
+    The tilt need not be exact (every tilt gives the same answer); a hundredth of a standard deviation is plenty, and saves
+    rounds of sums over the elements.
     """
     free = start.n > 0
     n, k = start.n.where(free, 2.0), k.where(free, 1.0)
@@ -182,6 +184,7 @@ def solve_tilt(start: LogitRange, k: Tensor, moments: Callable[[Tensor], Moments
     low = torch.maximum(wanted - start.high, torch.log(k) - start.lse).where(free, 0.0)
     high = torch.minimum(wanted - start.low, start.lse_negated - torch.log(n - k)).where(free, 0.0)
     tilt = low.where(2 * k <= n, high)
+    before_last = last = torch.full_like(tilt, math.inf)
     for _ in range(MAX_ROUNDS):
         mean, variance = moments(tilt)
         error = mean - k
@@ -190,8 +193,9 @@ def solve_tilt(start: LogitRange, k: Tensor, moments: Callable[[Tensor], Moments
         low, high = tilt.where(error < 0, low), tilt.where(error > 0, high)
         slope = variance * n / (mean * (n - mean))
         newton = tilt - (torch.log(mean) - torch.log(n - mean) - wanted) / slope
-        inside = (newton > low) & (newton < high)  # False for nan
-        tilt = newton.where(inside, 0.5 * (low + high)).where(free, 0.0)
+        fine = (newton > low) & (newton < high) & (2 * (newton - tilt).abs() <= before_last)  # False for nan
+        step = newton.where(fine, 0.5 * (low + high)).where(free, 0.0) - tilt
+        tilt, before_last, last = tilt + step, last, step.abs()
     else:
         row = int((error.abs() * free).argmax())
         raise ValueError(

@@ -344,6 +344,16 @@ def test_logits_too_far_apart(values: list[float]) -> None:
         ChunkedKSubset(InMemory(logits.unsqueeze(-1), chunk_size=2), k)
 
 
+def test_logits_between_whose_groups_newton_steps_go_to_and_fro() -> None:
+    """From a mean count of 4 Newton's step leads to one of 17, and from there back to 4."""
+    low = "-38.27 -31.62 -12.76 -10.04 -8.91 -7.56 -7.55 -7.04 -6.91 -6.67 -6.35 -6.32 -5.67 -5.54 -5.26 -2.34"
+    logits, k = torch.tensor([*map(float, low.split()), 0.35, 5.2, 6.83, 18.52], dtype=torch.float64), 10
+    log_normalizer, inclusion = extended(logits, k)
+    subset = KSubset(logits, k)
+    torch.testing.assert_close(float(subset.log_normalizer()), log_normalizer, rtol=1e-13, atol=1e-13)
+    close(subset.inclusion_probabilities(), inclusion, atol=1e-13)
+
+
 def test_a_tilt_that_is_not_found() -> None:
     start = LogitRange.of(torch.zeros(1, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"logits: row 0 has a mean count of 3 .* wanted k = 2"):
