@@ -21,9 +21,9 @@ from torch import Tensor
 
 from distset.expect.estimator import Estimator, Function
 from distset.expect.rivals import plain_logits
-from distset.noise import Noise, SumOfGamma
+from distset.noise import Noise, SumOfGamma, check_noise
 from distset.seeds import generator_for, seed_for
-from distset.solve import Identity, Strategy, solve
+from distset.solve import Identity, Strategy, check_strategy, solve
 from distset.solvers.topk import TopK
 from distset.subsets import KSubset
 from distset.subsets.distribution import settle
@@ -42,6 +42,9 @@ class PerturbAndMap(Estimator):
         strategy: `Identity()` unless given. One with noise of its own (`IMLE`) is better taken from `distset.expect`.
         noise: `SumOfGamma(k)` unless given, as published; k as far as it is not settled.
 
+    Raises:
+        ValueError: for a strategy that is none, for something else than noise.
+
     Example:
         >>> import torch
         >>> from distset.expect import expect
@@ -58,8 +61,8 @@ class PerturbAndMap(Estimator):
     exact_samples, unbiased, needs_differentiable_f = False, False, True
 
     def __init__(self, strategy: Strategy | None = None, *, noise: Noise | None = None) -> None:
-        self.strategy = Identity() if strategy is None else strategy
-        self.noise = noise
+        self.strategy = Identity() if strategy is None else check_strategy("strategy", strategy)
+        self.noise = None if noise is None else check_noise("noise", noise)
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
         logits = plain_logits(subset)

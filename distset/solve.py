@@ -142,7 +142,7 @@ def solve_with_status(
         torch.is_grad_enabled() and cost.requires_grad,
         [],
     )
-    value = (Identity() if grad is None else _check_strategy(grad))(problem.masked(work), problem)
+    value = (Identity() if grad is None else check_strategy("grad", grad))(problem.masked(work), problem)
     dtype = cost.dtype if cost.dtype == torch.float64 else torch.float32
     status = problem.statuses[0] if problem.statuses else torch.zeros(len(work), dtype=torch.int8)
     return Solution(_in_shape(value.to(dtype), cost.shape), status.reshape(batch))
@@ -392,11 +392,12 @@ def _check_margin(margin: Noise | Informed | None) -> Noise | Informed | None:
     raise ValueError(f"margin: got {came}, wanted noise, such as TwoPoint(width), or Informed(width), or None")
 
 
-def _check_strategy(grad: Strategy) -> Strategy:
+def check_strategy(name: str, grad: Strategy) -> Strategy:
+    """``grad`` where it is a strategy, else a ValueError that names the argument ``name``."""
     if callable(grad) and not isinstance(grad, type):
         return grad
     came = f"the class {grad.__name__}" if isinstance(grad, type) else repr(grad)
-    raise ValueError(f"grad: got {came}, wanted an object: Identity(), Blackbox(lam), IMLE(noise) or Perturbed(noise)")
+    raise ValueError(f"{name}: got {came}, wanted an object: Identity(), Blackbox(lam), IMLE(noise) or Perturbed(noise)")
 
 
 def _check_truth(truth: Tensor, cost: Tensor) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from distset.expect.estimator import Estimator, Function, attach_gradient
-from distset.noise import Noise, SumOfGamma
+from distset.noise import Noise, SumOfGamma, check_noise
 from distset.subsets import KSubset, relaxed_top_k
 from distset.subsets.distribution import settle
 from distset.subsets.gumbel import perturbed, top_k
@@ -234,7 +234,7 @@ class IMLE(Estimator):
         noise: `SumOfGamma(k)` unless given, as published.
 
     Raises:
-        ValueError: for a target that is none.
+        ValueError: for a target that is none, for something else than noise.
     """
 
     exact_samples, unbiased, needs_differentiable_f = False, False, True
@@ -243,7 +243,7 @@ class IMLE(Estimator):
         self.target = FixedTarget() if target is None else target
         if not isinstance(self.target, (FixedTarget, AdaptiveTarget)):
             raise ValueError(f"target: got {target!r}, wanted a target such as FixedTarget(10.0)")
-        self.noise = noise
+        self.noise = None if noise is None else check_noise("noise", noise)
 
     def __call__(self, f: Function, subset: KSubset, num_samples: int, seed: int | None) -> Tensor:
         logits, k = plain_logits(subset), row_k(subset)

@@ -32,10 +32,10 @@ from distset.expect.baselines import Baseline
 from distset.expect.rivals import calibrating_tilt
 from distset.expect.score import score_gradient
 from distset.metrics import estimator_error
-from distset.noise import Gumbel
+from distset.noise import Gumbel, SumOfGamma
 from distset.perturb_and_map import PerturbAndMap
 from distset.sets import InMemory
-from distset.solve import Blackbox
+from distset.solve import Blackbox, Identity
 from distset.subsets import ChunkedKSubset, KSubset, relaxed_top_k
 from distset.subsets.gumbel import top_k
 
@@ -535,6 +535,9 @@ def test_bad_settings() -> None:
         (lambda: Ridge(folds=1), "folds: got 1"),
         (lambda: Past(5, rate=0.0), "rate: got 0"),
         (lambda: IMLE(3.0), "target: got 3.0"),
+        (lambda: IMLE(noise=SumOfGamma), "noise: got the class SumOfGamma"),
+        (lambda: PerturbAndMap(noise=0.2), "noise: got 0.2"),
+        (lambda: PerturbAndMap(Identity), "strategy: got the class Identity"),
         (lambda: ScoreFunction(Ridge), "baseline: got <class"),
     ):
         with pytest.raises(ValueError, match=message):
