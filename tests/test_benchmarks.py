@@ -1,12 +1,12 @@
 """What benchmarks are made of: that it runs, and says of known cases what is known."""
 
-import itertools
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from small_subsets import subsets
 
 from benchmarks import estimators, normalizer, oracle_gradients, sampling, set_memory
 from benchmarks.memory import peak_bytes, status_mib
@@ -76,11 +76,11 @@ def test_the_peak_of_a_step_is_what_its_tensors_take_at_one_time():
 @pytest.mark.parametrize("k", [1, 4, 7])
 def test_the_truth_about_normalisers_is_that_of_all_subsets(k):
     logits = normalizer.standard_normal(8)
-    subsets = torch.tensor([[float(i in chosen) for i in range(8)] for chosen in itertools.combinations(range(8), k)])
-    scores = subsets.double() @ logits.double()
+    z = subsets(8, k)
+    scores = z @ logits.double()
     truth = normalizer.extended(logits, k)
     assert truth.value == pytest.approx(float(scores.logsumexp(0)), rel=1e-14)
-    np.testing.assert_allclose(truth.pi, scores.softmax(0) @ subsets.double(), rtol=0, atol=1e-15)
+    np.testing.assert_allclose(truth.pi, scores.softmax(0) @ z, rtol=0, atol=1e-15)
 
 
 def test_autograd_keeps_what_a_step_needs_on_the_way_back():

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from small_subsets import subsets
 from torch import Tensor
 
 from distset.data.beer import read_annotations, read_ratings
@@ -40,7 +41,7 @@ def enumerated(task: ExplainTask, example: Example) -> Tensor:
     words = example.set.elements.T
     logits = task.model.select(words, torch.ones_like(words, dtype=torch.bool))[0]
     n = words.shape[-1]
-    z = torch.tensor([[float(i in pair) for i in range(n)] for pair in itertools.combinations(range(n), 2)]).double()
+    z = subsets(n, 2)
     if task.judge is None:
         log_odds = task.model.read(words, z.unsqueeze(1), 2)[:, 0].log_softmax(-1)
         wanted = torch.eye(2).double()[int(example.target.value)]

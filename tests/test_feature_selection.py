@@ -1,9 +1,8 @@
 """Feature selection learns which pixels to keep, by the true gradient."""
 
-import itertools
-
 import pytest
 import torch
+from small_subsets import subsets
 from torch import Tensor
 
 from distset.expect import LeaveOneOut, ScoreFunction, Simple
@@ -43,7 +42,7 @@ def test_the_gradient_is_that_of_the_enumerated_loss(grad) -> None:
     task = FeatureSelectionTask(model, grad, num_samples=6)
     batch = [Example(InMemory(torch.rand(6, 1), name=str(i)), 0) for i in range(4)]
     pixels = torch.stack([example.set.elements.squeeze(-1) for example in batch]).double()
-    masks = torch.tensor([[float(i in c) for i in range(6)] for c in itertools.combinations(range(6), 3)]).double()
+    masks = subsets(6, 3)
     weights = (masks @ model.logits).softmax(0)
     truth = (weights * task.cross_entropy(pixels, masks).mean(-1)).sum()
     parameters = list(model.parameters())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_subsets import randn
 from torch import Tensor
 
 from distset.expect import expect
@@ -14,10 +15,6 @@ INF = torch.inf
 QUIET = TwoPoint(0.0)
 STRATEGIES = [Identity("std"), Identity("mean"), Identity("norm"), Identity("none"), Blackbox(5.0)]
 LENGTHS, K = torch.tensor([7, 4, 5, 4, 2]), torch.tensor([3, 3, 1, 3, 3])
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def linear(cost: Tensor):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from small_subsets import subsets
 from torch import Tensor
 
 from distset.expect import LeaveOneOut, ScoreFunction, Simple
@@ -14,11 +15,6 @@ from distset.solve import Blackbox, Identity
 from distset.tasks.subset_knn import Labelled, SubsetKNN, SubsetKNNTask, nearest_labels
 from distset.tasks.subset_vae import SubsetVAE, SubsetVAETask, categorical_divergence, divergence
 from distset.train import Example
-
-
-def subsets(n: int, k: int) -> Tensor:
-    rows = [[float(i in chosen) for i in range(n)] for chosen in itertools.combinations(range(n), k)]
-    return torch.tensor(rows, dtype=torch.float64)
 
 
 def batch(count: int, n: int, classes: int = 2) -> list[Example]:

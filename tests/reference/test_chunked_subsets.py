@@ -5,17 +5,13 @@ import math
 
 import pytest
 import torch
+from small_subsets import randn
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from distset.sets import Chunk, InMemory
 from distset.states import merge_tree
 from distset.subsets import ChunkedKSubset, CountPmf, KSubset, LogitTable
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
 
 PARTITIONS: list[dict] = [
     {"chunk_size": None},
