@@ -80,7 +80,7 @@ def raw_rows(elements: Any, positions: np.ndarray, dtype: str, set_id: str) -> T
     if isinstance(elements, Tensor):
         rows = elements[torch.from_numpy(positions)]
     else:
-        rows = torch.from_numpy(np.ascontiguousarray(elements[positions]))
+        rows = torch.from_numpy(np.ascontiguousarray(elements[positions], elements.dtype.newbyteorder("=")))
     _check_finite(rows, positions, set_id, "not finite", "fix or drop these rows")
     wanted = DTYPES[dtype]
     if rows.dtype == wanted:

@@ -82,7 +82,8 @@ def elements_column(bag: Bag, layout: Layout, positions: np.ndarray) -> pa.Array
 
 def raw_bytes(bag: Bag, layout: Layout, positions: np.ndarray) -> np.ndarray:
     """The elements at ``positions`` as bytes ``(len(positions), bytes of one)``."""
-    if isinstance(bag.elements, np.ndarray) and bag.elements.dtype.name == layout.dtype:  # for small sets, half the time
+    dtype = bag.elements.dtype
+    if isinstance(bag.elements, np.ndarray) and dtype.name == layout.dtype and dtype.isnative:  # small sets: half the time
         plain = np.ascontiguousarray(bag.elements[positions])
         if plain.dtype.kind != "f" or np.isfinite(plain).all():
             return plain.reshape(len(positions), -1).view(np.uint8)

@@ -28,6 +28,7 @@ from distset.files import naming_full_disk, sole_writer, write_atomically
 
 __all__ = ["StoreWriter", "check_bag", "check_layout", "pick_up", "write_store"]
 
+LARGEST = 2**31 - 1
 SHARD_SETS = 65_536  # a shard of small sets is closed once it holds so many: their records are kept until then
 
 
@@ -112,7 +113,8 @@ class StoreWriter:
 
         Raises:
             ValueError: for an empty bag, an id that was written before, elements of another shape or type than the first
-                bag's, values that are not finite, coordinates or instance labels that do not fit the elements.
+                bag's, values that are not finite, coordinates or instance labels that do not fit the elements, instance
+                labels that are not integers, more elements than 2^31 - 1.
         """
         if bag.set_id in self._ids:
             raise ValueError(f"set_id: {bag.set_id!r} comes twice; give every set its own id")
@@ -225,9 +227,24 @@ def check_bag(bag: Bag) -> None:
         raise ValueError(f"set {bag.set_id!r}: elements have shape {tuple(shape)}, wanted (N, D) or (N, C, H, W)")
     if bag.coords is not None and (np.shape(bag.coords) != (n, 2) or not np.isfinite(bag.coords).all()):
         raise ValueError(f"set {bag.set_id!r}: coords have shape {np.shape(bag.coords)}, wanted finite numbers ({n}, 2)")
-    if bag.instance_labels is not None and np.shape(bag.instance_labels) != (n,):
-        got = np.shape(bag.instance_labels)
-        raise ValueError(f"set {bag.set_id!r}: instance_labels have shape {got}, wanted ({n},), one an element")
+    if n > LARGEST:  # positions in the source are kept as int32
+        raise ValueError(f"set {bag.set_id!r}: has {n:,} elements, wanted at most {LARGEST:,}; divide it")
+    if bag.instance_labels is not None:
+        _check_instance_labels(bag.set_id, np.asarray(bag.instance_labels), n)
+
+
+def _check_instance_labels(set_id: str, labels: np.ndarray, n: int) -> None:
+    if labels.shape != (n,):
+        raise ValueError(f"set {set_id!r}: instance_labels have shape {labels.shape}, wanted ({n},), one an element")
+    fits = np.zeros(n, bool)
+    if labels.dtype.kind in "biuf":
+        values = labels.astype(np.float64)
+        fits = (np.abs(values) <= LARGEST) & (values == np.rint(values))
+    if bad := np.flatnonzero(~fits).tolist():
+        raise ValueError(
+            f"set {set_id!r}: instance_labels hold {labels[bad[0]]} at row {bad[0]}, wanted whole numbers of 32 bits; "
+            f"number the kinds of elements, or leave the labels out"
+        )
 
 
 def check_layout(set_id: str, layout: Layout, wanted: Layout) -> None:

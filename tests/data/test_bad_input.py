@@ -25,6 +25,13 @@ class Bags:
         return self.bags[set_id]
 
 
+class Many:
+    """More images than a store can number."""
+
+    def __len__(self):
+        return 2**31
+
+
 def with_value(value, dtype=np.float32):
     x = np.ones((4, 3), dtype)
     x[2, 1] = value
@@ -48,6 +55,11 @@ def with_value(value, dtype=np.float32):
         (Bag("b", ONES, np.zeros((3, 2))), r"coords have shape \(3, 2\), wanted finite numbers \(4, 2\)"),
         (Bag("b", ONES, np.full((4, 2), np.nan)), "wanted finite numbers"),
         (Bag("b", ONES, None, np.zeros(3)), r"instance_labels have shape \(3,\), wanted \(4,\)"),
+        (Bag("b", ONES, None, np.array([0, 1, np.nan, 0])), "instance_labels hold nan at row 2, wanted whole numbers"),
+        (Bag("b", ONES, None, np.array([0, 0.5, 1, 0])), "instance_labels hold 0.5 at row 1, wanted whole numbers"),
+        (Bag("b", ONES, None, np.array([2**32, 1, 0, 0])), "instance_labels hold 4294967296 at row 0"),
+        (Bag("b", ONES, None, np.array(list("abca"))), "instance_labels hold a at row 0"),
+        (Bag("b", Many()), "has 2,147,483,648 elements, wanted at most 2,147,483,647"),
     ],
 )
 def test_a_bad_bag_is_named(tmp_path, bag, said):

@@ -141,6 +141,13 @@ def test_small_sets_share_row_groups(tmp_path):
         assert bag.instance_labels is None or np.array_equal(disk.instance_labels().numpy(), bag.instance_labels[rows])
 
 
+@pytest.mark.parametrize("n", [3, 20_000])  # a small set, a large one
+def test_foreign_byte_orders_keep_their_values(tmp_path, n):
+    x = rows_of(n, (4,), "float32").numpy()
+    bag = stored(tmp_path, x.astype(">f4")).open("a")
+    assert torch.equal(next(bag.map(lambda c: c.elements)), torch.from_numpy(x)[bag.rows()])
+
+
 def test_a_set_can_be_pickled(tmp_path):
     bag = stored(tmp_path, rows_of(50, (3,), "float32")).open("a", 20)
     copy = pickle.loads(pickle.dumps(bag))
@@ -177,6 +184,15 @@ def test_images_are_decoded_from_their_files(tmp_path, prefetch):
     assert torch.equal(found, torch.from_numpy(PIXELS).permute(0, 3, 1, 2)[bag.rows()])
     assert [c.id for c in bag.map(lambda c: c, ids=[0, 2])] == [0, 2]
     assert list(store.verify()) == ["a", "b"]
+
+
+def test_images_of_16_bits_are_refused_and_not_cut(tmp_path):
+    class Deep(Patches):
+        def take(self, positions):
+            return [self.encoded(PIXELS[i, ..., 0].astype(np.uint16) << 8) for i in positions]
+
+    with pytest.raises(ValueError, match="a: holds an image of mode I;16, whose values 8 bits would cut"):
+        stored(tmp_path, Deep())
 
 
 def test_a_sweep_of_images_that_is_given_up_leaves_no_thread(tmp_path):
