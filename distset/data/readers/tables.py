@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pacsv
 import pyarrow.dataset as pds
 import pyarrow.parquet as pq
 
 from distset.data.bag import Bag
+from distset.data.labels import MISSING
 from distset.data.readers.files import naming
 from distset.data.shuffle import Streamed
 from distset.data.splits import Split
@@ -45,7 +47,10 @@ def table(
             not another of these if None.
         x, y: columns of coordinates; used where both are there.
         label, case_id: columns with the set's class and its case, the same in all its rows; used where they are there.
+            Empty, NA, NaN or None is none.
         instance_label: a column with the element's own class, an integer.
+
+    In CSV the columns ``set_id``, ``label`` and ``case_id`` are text: ``007`` stays ``007``.
 
     Raises:
         ValueError: for a file that is neither, columns that are missing or hold no numbers, a set with two labels or cases.
@@ -70,7 +75,7 @@ class Table:
         self._path, self._set_id, self._instance_label = path, set_id, instance_label
         self._kept: dict[Any, pa.Table] = {}
         with naming(path):
-            self._data = _open(path)
+            self._data = _open(path, [name for name in (set_id, label, case_id) if name is not None])
             names = self._data.schema.names
             for wanted in (set_id, instance_label):
                 if wanted is not None and wanted not in names:
@@ -149,9 +154,10 @@ class Table:
         found: dict[str, list[tuple[Any, np.ndarray]]] = {}
         for piece in _pieces(self._data):
             column = piece.to_table(columns=[self._set_id]).column(0)
-            if column.null_count:
-                raise ValueError(f"has {column.null_count} rows without a {self._set_id}; fill it in or drop them")
-            values, codes = np.unique(column.cast(pa.string()).to_numpy(zero_copy_only=False), return_inverse=True)
+            names = column.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
+            if lacking := int((names == "").sum()):
+                raise ValueError(f"has {lacking} rows without a {self._set_id}; fill it in or drop them")
+            values, codes = np.unique(names, return_inverse=True)
             order = np.argsort(codes, kind="stable")
             for value, rows in zip(values, np.split(order, np.cumsum(np.bincount(codes))[:-1])):
                 found.setdefault(str(value), []).append((piece, rows))
@@ -165,12 +171,14 @@ class Table:
         return self._kept[key].take(pa.array(rows))
 
 
-def _open(path: Path) -> pds.Dataset:
+def _open(path: Path, words: Sequence[str]) -> pds.Dataset:
+    """The data set; in CSV the columns ``words`` are text, whatever they look like."""
     if not path.exists():
         raise ValueError("no such file or folder")
     endings = [path.suffix.lower()] if path.is_file() else [file.suffix.lower() for file in path.rglob("*")]
     kind = next((KINDS[ending] for ending in (".parquet", *KINDS) if ending in endings), "parquet")
-    return pds.dataset(path, format=kind)
+    text = pacsv.ConvertOptions(column_types=dict.fromkeys(words, pa.string()))
+    return pds.dataset(path, format=pds.CsvFileFormat(convert_options=text) if kind == "csv" else kind)
 
 
 def _pieces(data: pds.Dataset) -> Iterator[Any]:
@@ -204,7 +212,8 @@ def _one(found: pa.Table, name: str, set_id: str) -> str | None:
     values = found[name].unique().to_pylist()
     if len(values) > 1:
         raise ValueError(f"set {set_id!r}: {name} is {values[0]!r} and {values[1]!r}, wanted the same in all rows of a set")
-    return None if values[0] is None else str(values[0])
+    said = "" if values[0] is None else str(values[0])
+    return None if said.lower() in MISSING else said
 
 
 def _is_number(kind: pa.DataType) -> bool:
