@@ -86,6 +86,10 @@ def test_baskets_are_sets_of_their_items(tmp_path):
     (tmp_path / "words.dat").write_text("1 2\nmilk 3\n")
     with pytest.raises(ValueError, match=r"words.dat: .*line 2 is 'milk 3', wanted numbers"):
         baskets(tmp_path / "words.dat")
+    for word in ("-3", "16777217", "9" * 30):
+        (tmp_path / "large.dat").write_text(f"1 2\n5 {word}\n")
+        with pytest.raises(ValueError, match=f"line 2 is '5 {word}', wanted numbers of 0 to 16777216"):
+            baskets(tmp_path / "large.dat")
 
 
 def test_the_retail_baskets(data_folder, tmp_path):

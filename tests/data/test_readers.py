@@ -149,6 +149,12 @@ def test_csv_bags_with_labels_from_their_folders(tmp_path):
     assert source.read("LUAD/a").elements.dtype == np.float32
 
 
+def test_a_csv_bag_without_a_header_does_not_lose_its_first_element(tmp_path):
+    np.savetxt(tmp_path / "a.csv", X["a"].astype(np.float32), delimiter=",")
+    with pytest.raises(ValueError, match=r"a\.csv: .*has no header, its first line is "):
+        readers.csv_bags(tmp_path).read("a")
+
+
 def rows_of_table(kind):
     """The bags' rows, mixed up, with their columns."""
     ids = np.array(["a"] * 5 + ["b"] * 3)
@@ -177,6 +183,18 @@ def test_tables_with_a_set_id(tmp_path, kind, file):
     bag = check(readers.table(path, instance_label="kind"))
     assert (bag.label, bag.case_id) == ("yes", "p")
     assert bag.instance_labels.tolist() == [1, 1, 0]
+
+
+def test_names_in_csv_tables_are_text(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("set_id,f,label,case_id\n01,0.5,1,007\n1,1.5,NA,7\n1,2.5,NA,7\n2,3.5,,\n")
+    source = readers.table(path)
+    bags = [source.read(set_id) for set_id in source.ids]
+    assert [(bag.set_id, len(bag.elements)) for bag in bags] == [("01", 1), ("1", 2), ("2", 1)]
+    assert [(bag.label, bag.case_id) for bag in bags] == [("1", "007"), (None, "7"), (None, None)]
+    path.write_text("set_id,f\na,0.5\n,1.5\n")
+    with pytest.raises(ValueError, match="has 1 rows without a set_id"):
+        readers.table(path)
 
 
 def test_tables_say_what_is_wrong(tmp_path):

@@ -13,6 +13,8 @@ from distset.data.splits import Split
 
 __all__ = ["Baskets", "baskets"]
 
+LARGEST = 2**24  # float32 keeps whole numbers so far
+
 
 def baskets(path: str | Path) -> Baskets:
     """Sets of item numbers, a line a set, blanks between them (``retail.dat``, also gzipped); lines without items are left
@@ -43,14 +45,13 @@ class Baskets:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
                 lines = file.read().splitlines()
             found = [line.split() for line in lines]
+            for number, items in enumerate(found, 1):
+                if not all(item.isdecimal() and int(item) <= LARGEST for item in items):
+                    raise ValueError(
+                        f"line {number} is {lines[number - 1][:60]!r}, wanted numbers of 0 to {LARGEST} with blanks between"
+                    )
             self.borders = np.cumsum([0, *(len(items) for items in found if items)])
-            try:
-                self.items = np.array([item for items in found for item in items], np.int64)
-            except ValueError:
-                number = next(i for i, items in enumerate(found) if not all(item.isdecimal() for item in items))
-                raise ValueError(f"line {number + 1} is {lines[number]!r}, wanted numbers with blanks between") from None
-            if len(self.items) and not 0 <= self.items.min() <= self.items.max() <= 2**24:
-                raise ValueError(f"holds the number {int(self.items.max())}, wanted 0 to {2**24}, which float32 keeps")
+            self.items = np.array([int(item) for items in found for item in items], np.int64)
         self.ids = [f"basket-{number:07d}" for number, items in enumerate(found) if items]
         self._places = {set_id: place for place, set_id in enumerate(self.ids)}
 
