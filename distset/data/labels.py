@@ -14,6 +14,10 @@ from distset.data.schema import need
 
 __all__ = ["Labelled", "bare_name", "label_table", "match_labels", "read_table"]
 
+ENDINGS = {
+    *(".h5", ".hdf5", ".pt", ".pth", ".npy", ".npz", ".csv", ".png", ".jpg", ".jpeg"),
+    *(".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".svslide", ".bif", ".vms", ".vmu", ".dcm"),
+}
 MISSING = {"", "nan", "na", "n/a", "none", "null"}
 
 
@@ -122,9 +126,10 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _frame(path: Path, kind: str) -> list[dict[str, str]]:
     if kind == ".xlsx":
-        return need("pandas").read_excel(path, dtype=str, keep_default_na=False, engine="openpyxl").to_dict("records")
-    rows = pq.read_table(path).to_pylist()
-    return [{name: "" if value is None else str(value) for name, value in row.items()} for row in rows]
+        rows = need("pandas").read_excel(path, dtype=str, keep_default_na=False, engine="openpyxl").to_dict("records")
+    else:
+        rows = pq.read_table(path).to_pylist()
+    return [{name: "" if value is None else str(value).strip() for name, value in row.items()} for row in rows]
 
 
 def _text_table(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -165,5 +170,4 @@ def _label(text: str) -> str | None:
 def bare_name(name: str) -> str:
     """A set's name without the ending of its file."""
     path = PurePosixPath(name.replace("\\", "/"))
-    endings = (".h5", ".hdf5", ".pt", ".npy", ".npz", ".csv", ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".png", ".jpg")
-    return str(path.with_suffix("")) if path.suffix.lower() in endings else name
+    return str(path.with_suffix("")) if path.suffix.lower() in ENDINGS else name

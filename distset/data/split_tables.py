@@ -45,9 +45,10 @@ def _read(path: Path, names: dict[str, str]) -> Split:
     rows = [row for _, row in read_table(path)]
     columns = list(rows[0]) if rows else []
     said = next((name for name in ("split", "fold_split", "set") if name in columns), None)
+    flags = all(row.get(part, "").lower() in TRUE | FALSE for row in rows for part in PARTS)
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for row in rows:
-        for part, name in _entries(path, row, columns, said):
+        for part, name in _entries(path, row, columns, said, flags):
             if name not in names and bare_name(name) not in names:
                 raise ValueError(f"{path}: {part} names {name!r}, which the source does not hold; check the ids")
             parts[part].append(names[name if name in names else bare_name(name)])
@@ -56,8 +57,8 @@ def _read(path: Path, names: dict[str, str]) -> Split:
     return Split(**parts)
 
 
-def _entries(path: Path, row: dict[str, str], columns: list[str], said: str | None) -> list[tuple[str, str]]:
-    """(part, id) pairs of one line."""
+def _entries(path: Path, row: dict[str, str], columns: list[str], said: str | None, flags: bool) -> list[tuple[str, str]]:
+    """(part, id) pairs of one line; ``flags`` says that the columns of the parts hold True and False."""
     if said is not None:
         part = {"valid": "val", "validation": "val", "training": "train", "testing": "test"}.get(
             row[said].lower(), row[said].lower()
@@ -67,7 +68,6 @@ def _entries(path: Path, row: dict[str, str], columns: list[str], said: str | No
         return [(part, row[columns[0]])] if part else []
     if missing := [part for part in PARTS if part not in columns]:
         raise ValueError(f"{path}: has no column {', '.join(missing)}; its columns are {', '.join(columns)}")
-    flags = all(row[part].lower() in TRUE | FALSE for part in PARTS)
-    if flags and columns[0] not in PARTS and any(row[part] for part in PARTS):
+    if flags and columns[0] not in PARTS:
         return [(part, row[columns[0]]) for part in PARTS if row[part].lower() in TRUE]
     return [(part, row[part]) for part in PARTS if row[part] and row[part].lower() != "nan"]

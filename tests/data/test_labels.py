@@ -9,6 +9,7 @@ import pytest
 
 from distset.data import Labelled, label_table
 from distset.data.labels import match_labels
+from distset.data.slides import source as slides
 
 
 def write(path, text):
@@ -23,7 +24,7 @@ SLIDES = {"007": Labelled("p1", "tumour"), "s2": Labelled("p1", "tumour"), "s3":
 def test_one_line_a_slide(tmp_path, kind):
     text = "case_id,slide_id,label\np1,007,tumour\np1,s2, tumour \np2,s3,NA\n"
     path = tmp_path / ("t.csv" if kind == "bom" else f"t.{kind}")
-    columns = {"case_id": ["p1", "p1", "p2"], "slide_id": list(SLIDES), "label": ["tumour", "tumour", None]}
+    columns = {"case_id": ["p1", "p1", "p2"], "slide_id": list(SLIDES), "label": ["tumour", " tumour ", None]}
     if kind == "parquet":
         pq.write_table(pa.table(columns), path)
     elif kind == "xlsx":
@@ -86,6 +87,11 @@ def test_files_that_are_no_tables(tmp_path):
     (tmp_path / "t.doc").write_text("x")
     with pytest.raises(ValueError, match=r"got a \.doc file"):
         label_table(tmp_path / "t.doc")
+
+
+def test_a_table_may_name_sets_with_the_endings_of_all_their_files():
+    for ending in (*slides.ENDINGS, ".pth", ".jpeg"):
+        assert match_labels({f"a{ending}": Labelled("p", "x")}, ["a"]) == {"a": Labelled("p", "x")}
 
 
 def test_sets_without_a_label():

@@ -125,6 +125,11 @@ def test_split_tables_as_users_have_them(tmp_path, text):
     assert read_split_tables([tmp_path / "splits_0.csv"], IDS) == [EXPECTED]
 
 
+def test_sets_named_0_and_1_are_no_flags(tmp_path):
+    (tmp_path / "t.csv").write_text(",train,val,test\n0,1,0,3\n1,2,,\n")
+    assert read_split_tables([tmp_path / "t.csv"], list("0123")) == [Split(["1", "2"], ["0"], ["3"])]
+
+
 def test_a_folder_of_split_tables_is_taken_in_order(tmp_path):
     for number in (10, 2):
         train = IDS[number % 3]
