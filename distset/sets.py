@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distset.states import merge_tree
 
-__all__ = ["Chunk", "ChunkedSet", "InMemory", "add_into", "chunk_bounds", "pad_sets"]
+__all__ = ["Chunk", "ChunkedSet", "InMemory", "added", "chunk_bounds", "pad_sets"]
 
 
 class Chunk(NamedTuple):
@@ -81,14 +81,7 @@ class ChunkedSet(ABC):
 
     def sum(self, fn: Callable[..., Any], *args: Any, ids: Sequence[int] | None = None) -> list[Tensor | None]:
         """The tuples of tensors ``fn(chunk, *args)`` added up one by one; None counts as zero."""
-        parts = iter(self.map(fn, *args, ids=ids))
-        first = list(next(parts))  # a set has at least one chunk
-        total: list[Tensor | None] | None = None
-        for part in parts:  # of one chunk alone there is nothing to add, and no copy
-            if total is None:
-                total, first = add_into([None] * len(first), first), []
-            total = add_into(total, part)
-        return first if total is None else total
+        return added(iter(self.map(fn, *args, ids=ids)))
 
     def whole(self) -> Chunk:
         """All elements as one chunk, for sets that fit in memory; no copy where they are in one."""
@@ -246,7 +239,18 @@ def _check_bounds(bounds: Sequence[int], size: int) -> list[int]:
     return list(bounds)
 
 
-def add_into(total: list[Tensor | None], part: Sequence[Tensor | None]) -> list[Tensor | None]:
+def added(parts: Iterator[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """The sum of tuples of tensors, one by one, at least one tuple; None counts as zero."""
+    first = list(next(parts))
+    total: list[Tensor | None] | None = None
+    for part in parts:  # of one tuple alone there is nothing to add, and no copy
+        if total is None:  # a copy first: parameters that are added up have one and the same gradient
+            total, first = _add_into([None] * len(first), first), []
+        total = _add_into(total, part)
+    return first if total is None else total
+
+
+def _add_into(total: list[Tensor | None], part: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Add a tuple of tensors to ``total`` in place, one by one; None counts as zero."""
     for i, new in enumerate(part):
         old = total[i]

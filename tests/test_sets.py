@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from distset import InMemory, pad_sets
+from distset.sets import added
 
 
 def test_chunks_cover_the_set_once():
@@ -33,6 +34,13 @@ def test_sum_adds_without_touching_its_parts():
     assert torch.equal(total[0], torch.full((3, 2), 2.0))
     assert total[1] is None
     assert torch.equal(parts[1], torch.ones(3, 2))
+
+
+def test_one_tensor_in_two_places_is_added_to_once():
+    """Parameters that are added up (a weight and its update) have one and the same gradient."""
+    both = torch.ones(2)
+    assert [total.tolist() for total in added(iter([(both, both), (both, both), (both, both)]))] == [[3, 3], [3, 3]]
+    assert both.tolist() == [1, 1]
 
 
 def test_pad_sets():

@@ -28,7 +28,7 @@ from distset.cluster.layout import MAP_ELEMENTS, runs, wanted_ids
 from distset.cluster.set_actor import Piece, Task
 from distset.cluster.set_actors import SetActors
 from distset.cluster.wire import Traffic
-from distset.sets import ChunkedSet, add_into
+from distset.sets import ChunkedSet, added
 from distset.states import merge_nodes
 
 __all__ = ["RaySet"]
@@ -96,11 +96,7 @@ class RaySet(ChunkedSet):
         if len(wanted) <= self.local:
             return self.set.sum(fn, *args, ids=ids)
         pieces = self._slices(wanted)
-        parts = self._run("sum", fn, args, pieces, len(pieces))
-        total: list[Tensor | None] = list(next(parts))
-        for part in parts:
-            add_into(total, part)
-        return total
+        return added(self._run("sum", fn, args, pieces, len(pieces)))
 
     def coarser(self, factor: int) -> RaySet:
         if not self.actors.num_gpus:

@@ -80,6 +80,25 @@ def test_values_have_the_bits_of_memory_and_gradients_its_digits(name, elements,
             assert same(repeated, found)
 
 
+class Updated(nn.Module):
+    """A weight and its update, whose gradients are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.update = (nn.Parameter(torch.randn(6, DIM, dtype=torch.float64)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight + self.update).mT
+
+
+def test_parameters_that_are_added_up(elements, crews):
+    encoder = DeepSets(Updated(), "sum")
+    _, wanted = step(encoder, InMemory(elements, CHUNK), Exact())
+    _, found = step(encoder, RaySet(InMemory(elements, CHUNK), crews[1], slices=44), Exact())  # a chunk a slice
+    for mine, theirs in zip(found, wanted):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_gradient_has_the_same_bits_for_the_same_slices(elements, stored, crews):
     encoder = encoders()["dropout-umbc"]
     one, two, three = (step(encoder, RaySet(stored, crew, slices=6), Exact())[1] for crew in crews.values())
