@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import comb, prod
 from typing import Any, NamedTuple, Protocol, cast
@@ -146,7 +146,8 @@ class Sampled:
 class Subset:
     """Value *and* gradient from ``m`` uniformly drawn chunks: biased, what slot set encoders were trained with.
 
-    Where gradients are off, the value comes from all chunks.
+    Where gradients are off, the value comes from all chunks. In a padded batch, chunks that hold no element of a set give it
+    the mean of nothing, which is NaN: give `Subset` one set at a time, or chunks that all sets reach.
 
     Raises:
         ValueError: for ``m < 1``; at use, for more chunks than the set has.
@@ -233,10 +234,12 @@ def encode_state(
     query = encoder.query(set.batch_shape, generator_for(seed, "query"), condition)
     inputs = _Inputs.of(encoder, query)
     sweep = Sweep(encoder, inputs.detached(), seed, _Precision.current(inputs))
-    if not torch.is_grad_enabled() or not inputs.differentiable:
+    if not torch.is_grad_enabled():
         return _merged(set, sweep), query
     if isinstance(grad, Full):
         return _full(set, sweep._replace(query=query)), query
+    if not inputs.differentiable:
+        return _merged(set, sweep, _chunk_without_gradient), query
     picks, total = _forward(set, sweep, grad, generator_for(seed, "choice"))
     sums = _Replay.apply(set, sweep, total, picks, *inputs.differentiable)
     return total.with_sums(sums), query
@@ -260,7 +263,7 @@ class _Precision(NamedTuple):
     def place(self, chunk: Chunk) -> Chunk:
         """Stored half precision is widened to the parameters' (or narrowed to the autocast) precision."""
         dtype = self.dtype
-        if self.autocast is not None:
+        if self.autocast is not None and chunk.elements.dtype != torch.float64:  # which autocast leaves alone
             dtype = self.autocast if chunk.elements.dtype == torch.float16 else None
         return chunk.to(self.device or chunk.elements.device, dtype)
 
@@ -321,6 +324,12 @@ def _chunk_state(chunk: Chunk, sweep: Sweep) -> Any:
         return _state(chunk, sweep)
 
 
+def _chunk_without_gradient(chunk: Chunk, sweep: Sweep) -> Any:
+    """The state of one chunk, of an encoder that is frozen or has no parameters."""
+    _check_elements(chunk)
+    return _chunk_state(chunk, sweep)
+
+
 def _chunk_weighed(chunk: Chunk, sweep: Sweep) -> _Weighed:
     state = _chunk_state(chunk, sweep)
     return _Weighed(state, state.log_mass().reshape(1, -1))
@@ -339,11 +348,7 @@ def _chunk_vjp(
     chunk: Chunk, sweep: Sweep, total: State, weights: Picks | float, cotangents: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
     """The chunk's share of the gradient: its re-based state's vector-Jacobian product, times its weight."""
-    if chunk.elements.requires_grad:
-        raise ValueError(
-            "set: its elements require a gradient, which only Full() gives; put the network that makes them "
-            "inside the encoder (see Features), where Exact() and Sampled() reach it"
-        )
+    _check_elements(chunk)
     leaves = _Inputs.of(sweep.encoder, sweep.query).differentiable
     weight = weights[chunk.id] if isinstance(weights, dict) else weights
     with torch.enable_grad():
@@ -390,7 +395,7 @@ def _forward(set: ChunkedSet, sweep: Sweep, grad: Gradient, generator: torch.Gen
     return picks, _merged(set, sweep)
 
 
-def _merged(set: ChunkedSet, sweep: Sweep) -> Any:
+def _merged(set: ChunkedSet, sweep: Sweep, fn: Callable[[Chunk, Sweep], Any] = _chunk_state) -> Any:
     """The state of the whole set without a graph; small chunks go together where the encoder says that it may be."""
     sizes, block = set.sizes, getattr(sweep.encoder, "block", 0)
     if sweep.precision.device is not None and sweep.precision.device.type == "cuda":
@@ -398,7 +403,7 @@ def _merged(set: ChunkedSet, sweep: Sweep) -> Any:
     factor = 1
     while 2 * factor * max(sizes) <= block and factor < len(sizes):
         factor *= 2  # a power of two fixed by the chunk size alone: who sweeps does not change the value's bits
-    return (set if factor == 1 else set.coarser(factor)).merge(_chunk_state, sweep)
+    return (set if factor == 1 else set.coarser(factor)).merge(fn, sweep)
 
 
 def _full(set: ChunkedSet, sweep: Sweep) -> Any:
@@ -413,6 +418,14 @@ def _full(set: ChunkedSet, sweep: Sweep) -> Any:
 def _check_set(set: Any) -> None:
     if not isinstance(set, ChunkedSet):
         raise ValueError(f"set: got {type(set).__name__}, wanted a ChunkedSet; wrap a tensor as InMemory(x, chunk_size=...)")
+
+
+def _check_elements(chunk: Chunk) -> None:
+    if chunk.elements.requires_grad:
+        raise ValueError(
+            "set: its elements require a gradient, which only Full() gives; put the network that makes them "
+            "inside the encoder (see Features), where Exact() and Sampled() reach it"
+        )
 
 
 def _check_batchnorm(encoder: nn.Module) -> None:

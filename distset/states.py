@@ -186,7 +186,8 @@ class TopK(NamedTuple):
         return scores, mine.to(self.payload.dtype) @ self.payload
 
     def with_sums(self, sums: tuple[Tensor, ...]) -> TopK:
-        return self._replace(scores=sums[0], payload=sums[1])
+        scores = torch.where(self.scores.isfinite(), sums[0], self.scores)  # nobody adds to a slot that is not filled
+        return self._replace(scores=scores, payload=sums[1])
 
     def log_mass(self) -> Tensor:
         return self.scores[..., 0]

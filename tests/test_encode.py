@@ -11,6 +11,7 @@ from torch import nn
 from distset import (
     DSMIL,
     UMBC,
+    ChunkEncoder,
     DeepSets,
     Exact,
     Features,
@@ -21,6 +22,7 @@ from distset import (
     encode_set,
     encode_state,
 )
+from distset.states import TopK
 
 
 def model(dropout: float = 0.0) -> nn.Module:
@@ -187,6 +189,42 @@ def unused_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.mark.parametrize("encoder", [model(), UMBC(5, 3, fold=True), UMBC(5, 3, fold=False)], ids=["net", "folded", "not"])
+def test_autocast_takes_float64_elements(encoder):
+    """Autocast leaves doubles alone: they go to the parameters' precision, as without it."""
+    x = torch.randn(40, 5, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wide = encode_set(encoder, InMemory(x, 8), seed=0)
+        narrow = encode_set(encoder, InMemory(x.float(), 8), seed=0)
+    assert torch.equal(wide, narrow)
+    wide.float().sum().backward()
+
+
+class TopScores(ChunkEncoder):
+    """The five best of a linear score."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(5, 1)
+
+    def encode(self, chunk, query):
+        ids = torch.arange(chunk.start, chunk.start + chunk.size)
+        return TopK.of(self.score(chunk.elements).squeeze(-1), chunk.elements, ids, 5)
+
+
+@pytest.mark.parametrize("grad", [Exact(), Full()])
+def test_the_top_five_of_three_elements(grad):
+    """With a gradient or without, what is not there has the score -inf."""
+    encoder, three = TopScores(), InMemory(torch.randn(3, 5), 2)
+    with torch.no_grad():
+        want, _ = encode_set(encoder, three)
+    scores, _ = encode_set(encoder, three, grad=grad)
+    assert want.isneginf().tolist() == [False] * 3 + [True] * 2
+    torch.testing.assert_close(scores, want)
+    scores[:3].sum().backward()
+    torch.testing.assert_close(encoder.score.weight.grad[0], three.elements.sum(0))
+
+
 class TestBadInput:
     def test_a_tensor_for_a_set(self):
         with pytest.raises(ValueError, match=r"set: got Tensor.*InMemory"):
@@ -216,6 +254,18 @@ class TestBadInput:
             encode_set(model(), InMemory(x, 3)).sum().backward()
         encode_set(model(), InMemory(x, 3), grad=Full()).sum().backward()
         assert x.grad is not None
+
+    @pytest.mark.parametrize("encoder", [DeepSets(), model().requires_grad_(False)], ids=["none", "frozen"])
+    def test_elements_that_want_a_gradient_alone(self, encoder):
+        x = torch.randn(9, 5, requires_grad=True)
+        with pytest.raises(ValueError, match="which only Full"):
+            encode_set(encoder, InMemory(x, 3))
+        with torch.no_grad():
+            value = encode_set(encoder, InMemory(x, 3))
+        z = encode_set(encoder, InMemory(x, 3), grad=Full())
+        torch.testing.assert_close(z, value)
+        z.sum().backward()
+        assert x.grad.count_nonzero() == x.numel()
 
     def test_encoder_arguments(self):
         with pytest.raises(ValueError, match="activation: got 'relu'"):
