@@ -79,7 +79,7 @@ def plot_roc(
         classes: their names.
         path: of the PNG.
         threshold: marks the operating point of two classes.
-        cases, resamples, seed: of the bootstrap, as in `bag_scores`.
+        cases, resamples, seed: of the bootstrap, as in `bag_scores`; without resamples there is no band.
     """
     y, p = np.asarray(labels), np.asarray(probabilities, np.float64)
     shown = [1] if p.shape[1] == 2 else [c for c in range(p.shape[1]) if 0 < np.sum(y == c) < len(y)]
@@ -92,11 +92,11 @@ def plot_roc(
         for weights in resampled(y, cases, resamples, seed):
             areas.append(auroc(positive, scores, weights))
             curves.append(_curves(positive, scores, weights))
-        if len(shown) == 1:
+        if curves and len(shown) == 1:
             low, high = np.quantile(np.concatenate(curves), [0.025, 0.975], axis=0)
             axes.fill_between(FALSE_RATES, low, high, color=color, alpha=0.15, lw=0)
         whole = np.ones((1, len(y)))
-        area = Interval(float(auroc(positive, scores, whole)[0]), *quantiles(np.concatenate(areas)))
+        area = Interval(float(auroc(positive, scores, whole)[0]), *quantiles(np.concatenate([np.empty(0), *areas])))
         false, true = _roc(positive, scores, whole)
         name = "AUROC" if len(shown) == 1 else str(classes[c])
         axes.plot(false[0], true[0], color=color, lw=1.8, label=f"{name} {area}")

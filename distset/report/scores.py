@@ -76,7 +76,7 @@ def bag_scores(
     predicted = predicted_classes(p, threshold)
     points = _figures(y, p, predicted, np.ones((1, len(y))))
     blocks = [_figures(y, p, predicted, weights) for weights in resampled(y, cases, resamples, seed)]
-    drawn = {name: np.concatenate([block[name] for block in blocks] or [np.array([np.nan])]) for name in points}
+    drawn = {name: np.concatenate([np.empty(0), *(block[name] for block in blocks)]) for name in points}
     return {name: Interval(float(point[0]), *quantiles(drawn[name], level)) for name, point in points.items()}
 
 
@@ -152,7 +152,9 @@ def resampled(labels: NDArray, cases: Sequence[str] | None, resamples: int, seed
 
 
 def quantiles(drawn: NDArray, level: float = 0.95) -> tuple[float, float]:
-    """The ends of the percentile interval."""
+    """The ends of the percentile interval; nan where nothing was drawn."""
+    if len(drawn) == 0:
+        return np.nan, np.nan
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
