@@ -175,6 +175,17 @@ def test_images_load_at_the_size_asked_for(tmp_path):
         load_image(tmp_path / "nowhere.png")
 
 
+def test_a_slide_that_is_cut_off_is_named(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("openslide")
+    file = tmp_path / "s.tif"
+    tifffile.imwrite(file, np.zeros((512, 512, 3), np.uint8), tile=(256, 256), photometric="rgb")
+    assert load_image(file)[1] == (512, 512)
+    file.write_bytes(file.read_bytes()[:400_000])
+    with pytest.raises(ValueError, match=r"s\.tif does not read as a slide"):
+        load_image(file)
+
+
 def test_without_openslide_images_still_load(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openslide", None)
     Image.fromarray(np.zeros((30, 60), np.uint8)).save(tmp_path / "grey.png")

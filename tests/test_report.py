@@ -23,6 +23,7 @@ from distset.report import (
     write_json,
     write_table,
 )
+from distset.report.kept_words import KeptWords, plot_kept_words
 from distset.report.scores import _figures, auroc, resampled
 
 
@@ -105,6 +106,19 @@ def test_without_resamples_there_is_no_interval():
     interval = bag_scores(*problem(), resamples=0)["auroc"]
     assert 0.5 < interval.value < 1
     assert np.isnan([interval.low, interval.high]).all()
+
+
+def test_a_roc_curve_without_resamples_has_no_band(tmp_path):
+    for classes in (2, 3):
+        y, p = problem(classes=classes)
+        plot_roc(y, p, list("abc"[:classes]), tmp_path / "roc.png", resamples=0)
+        assert ink(tmp_path / "roc.png") > 0
+
+
+def test_words_are_no_formulas(tmp_path):
+    words = ["$x_$", "a", "$$"]
+    plot_kept_words([KeptWords(words, [True] * 3, "", "")], tmp_path / "words.png")
+    assert ink(tmp_path / "words.png") > 0
 
 
 def test_the_threshold_is_the_best_of_all():

@@ -215,6 +215,8 @@ def load_image(path: Path, longest: int = 1600) -> tuple[NDArray, tuple[int, int
                 return np.asarray(slide.get_thumbnail((longest, longest)).convert("RGB")), size
     except ImportError:
         pass
+    except openslide.OpenSlideError as error:
+        raise ValueError(f"image: {path} does not read as a slide ({error}); is it cut off?") from error
     try:
         with Image.open(path) as picture:
             shown = picture.convert("RGB")

@@ -54,7 +54,7 @@ def plot_kept_words(texts: Sequence[KeptWords], path: Path, *, words: int = 20) 
     figure = new_figure(5.6, 0.6 + 0.24 * max(len(found), 1))
     axes = new_axes(figure, (1, 1, 1))
     axes.barh(range(len(found)), [count / len(texts) for _, count in found], color=COLORS[0], height=0.7)
-    axes.set_yticks(range(len(found)), [word for word, _ in found])
+    axes.set_yticks(range(len(found)), [word for word, _ in found], parse_math=False)  # $ is a word
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set(xlabel=f"share of {len(texts):,} texts that keep the word")
