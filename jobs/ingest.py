@@ -61,7 +61,7 @@ def stored(config: dict[str, Any]) -> Store:
             config,
             labels=build(labels, "labels") if labels["path"] is not None else None,
             missing=config["missing"],
-            classes=config["classes"],
+            classes=None if config["classes"] is None else [str(name) for name in config["classes"]],  # [0,1] is typed so
             splits=build(config["splits"], "splits"),
             seed=config["seed"],
             dtype=config["dtype"],

@@ -74,6 +74,12 @@ def test_slides_with_a_label_table(start, tmp_path):
     assert not cases[1] & cases[2]
 
 
+def test_classes_may_be_numbers(start, tmp_path):
+    code, _, err = start(f"store={tmp_path / 's'}", "source.bags=[2,2,2]", "classes=[1,0]")
+    assert (code, err) == (0, "")
+    assert Store(tmp_path / "s").classes == ["1", "0"]
+
+
 def test_the_users_folds(start, tmp_path):
     order = clam_folder(tmp_path / "in")
     for fold, (val, test) in enumerate([(2, 4), (4, 2)]):
