@@ -125,11 +125,13 @@ class Work(NamedTuple):
         """
         path, data = Path(config["run"]), dict(config["data"])
         trained = Trained.load(path, config["which"], pick_device(config["device"]))
-        if store is None and data["path"] is None:
-            if not path.is_dir():
-                raise ValueError(f"data.path: got none, and {path} is a checkpoint without its run; name a store")
-            own = RunFolder(path).config["data"]  # with its split, where no other is named
-            data |= {key: own[key] for key in ("path", "split", "fold") if data[key] is None}
+        if store is None and data["path"] is None and not path.is_dir():
+            raise ValueError(f"data.path: got none, and {path} is a checkpoint without its run; name a store")
+        if store is None and path.is_dir():
+            own = RunFolder(path).config["data"]
+            if Path(data["path"] or own["path"]).resolve() == Path(own["path"]).resolve():
+                # With its split, where no other is named: in that of another fold, the run was trained on test sets.
+                data |= {key: own[key] for key in ("path", "split", "fold") if data[key] is None}
         store = store or Store(data["path"])
         trained.check(store, None if config.get("bag") is None else f"bag: {config['bag']}")
         ids = choose_sets(store, sets=config.get("sets"), split=data["split"], fold=data["fold"] or 0, part=data["part"])

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
@@ -16,7 +17,8 @@ from PIL import Image
 from distset import InMemory, encode_set
 from distset.bags.explain import ExplainPlan, Geometry, element_scores, explain_bag, folder_name, spacing
 from distset.bags.predict import Trained, choose_sets, store_of_file
-from distset.data import Bag, Store, write_store
+from distset.data import Bag, Split, Store, write_store
+from distset.data.splits import save_splits
 from distset.report import bag_scores
 from distset.runs import RunFolder
 from distset.tasks import bag_models
@@ -87,6 +89,23 @@ def test_evaluate_measures_how_well_elements_are_found(run, job, tmp_path):
         alone = [task.predict(InMemory(images[i : i + 1], element_ndim=3)).numpy() for i in range(len(truth))]
         aurocs.append(bag_scores(truth.astype(int), np.array(alone), resamples=0)["auroc"].value)
     assert found["alone"]["value"] == pytest.approx(np.mean(aurocs), abs=1e-6)
+
+
+def test_the_runs_own_store_brings_the_runs_own_split(run, job, tmp_path):
+    """Named or not: the test part of another split holds sets that the run was trained on."""
+    shutil.copytree(run, tmp_path / "run")
+    store = Store(shutil.copytree(run / "data", tmp_path / "data"))
+    train, val, test = store.split()
+    save_splits(store.path / "splits" / "mine.csv", [Split(train, test, val)], store.cases)
+    config = {**RunFolder(run).config, "data": {**RunFolder(run).config["data"], "path": str(store.path), "split": "mine"}}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    for named in ([], ["data.path=data"], [f"data.path={tmp_path}/run/../data"]):
+        said, code = job(evaluate, "run=run", "resamples=10", "out=ev", *named)
+        assert code == 0, said
+        assert pd.read_csv(tmp_path / "ev" / "predictions.csv")["set_id"].tolist() == val
+    said, code = job(evaluate, "run=run", "resamples=10", "out=ev", "data.path=data", "data.split=default")
+    assert code == 0, said
+    assert pd.read_csv(tmp_path / "ev" / "predictions.csv")["set_id"].tolist() == test
 
 
 def test_predict_all_sets_of_a_store(run, job):
