@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["DiskFull", "draft_for", "naming_full_disk", "publish", "sole_writer", "write_atomically"]
+__all__ = ["DiskFull", "draft_for", "naming_full_disk", "publish", "sole_writer", "whole_lines", "write_atomically"]
 
 
 class DiskFull(ValueError):
@@ -36,6 +36,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     draft = draft_for(path)
     draft.write_bytes(content.encode() if isinstance(content, str) else content)
     publish(draft, path)
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that is appended to, none where it is not there; a last one that was cut short does not count."""
+    text = path.read_text() if path.is_file() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def draft_for(path: Path) -> Path:

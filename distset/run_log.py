@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, cast
 
-from distset.files import naming_full_disk, write_atomically
+from distset.files import naming_full_disk, whole_lines, write_atomically
 from distset.train import Record, Watch
 
 __all__ = ["RunLog", "log"]
@@ -129,8 +129,7 @@ class _Speed:
     def start(self, step: int) -> list[Record]:
         """Take back what came after ``step``; returns what stays."""
         self._clear()
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [record for record in map(json.loads, lines) if record["step"] <= step]
+        kept = [record for record in map(json.loads, whole_lines(self.path)) if record["step"] <= step]
         write_atomically(self.path, "".join(map(_line, kept)))
         return kept
 

@@ -71,6 +71,13 @@ def test_speed_has_a_file_of_its_own_which_is_taken_back_too(tmp_path):
     assert scalars(tmp_path)["speed/elements_per_second"] == [(2, 8000.0)]
 
 
+def test_a_line_that_a_full_disk_cut_short_does_not_stop_the_next_start(tmp_path):
+    (tmp_path / "speed.jsonl").write_text('{"step": 1, "speed/step_seconds": 0.5}\n{"step": 2, "spe')
+    with RunLog(tmp_path, bar=False) as log:
+        log.started(2, 4, [])
+    assert (tmp_path / "speed.jsonl").read_text() == '{"step": 1, "speed/step_seconds": 0.5}\n'
+
+
 def test_an_error_is_in_the_log_file(tmp_path, capsys):
     with pytest.raises(KeyError), RunLog(tmp_path, bar=False):
         raise KeyError("gone")

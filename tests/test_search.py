@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from distset.checkpoints import read_state
 from distset.report.search_plots import plot_parallel, plot_slices
 from distset.search import ASHA, PBT, Choice, Range, Search, apply, draw, read_search, read_space
 from distset.search.results import trial_table, write_results
-from distset.search.trial import Lineage, TrialFolder, train_trial, trial_config
+from distset.search.trial import Lineage, TrialFolder, _Judge, train_trial, trial_config
 from distset.train import Watch
 from distset.training import train_run
 from jobs._overrides import CONF
@@ -226,6 +229,54 @@ def test_a_state_that_was_taken_over_has_its_past_and_is_trained_again_from_its_
     weights = [read_state(path / "checkpoints" / "last" / "state.pt")["model"] for path in (own.run, tmp_path / "again")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert figures["value"] == json.loads((own.run / "metrics.json").read_text())["val"]["jaccard"]
+
+
+def test_a_trial_that_is_killed_while_it_takes_over_a_state_goes_on(tmp_path, monkeypatch):
+    """Killed before any of the moves and deletions, it has settings and a run that fit each other."""
+    search, base, donor, lineage = trial(tmp_path, 0, "search=pbt", optim__lr=0.003)
+    _, _, own, before = trial(tmp_path, 1, "search=pbt", optim__lr=0.0001)
+    for folder, settings in ((donor, lineage), (own, before)):
+        train_trial(trial_config(base, search, folder, settings), search, folder, lambda report: None)
+    state = read_state(donor.run / "checkpoints" / "last" / "state.pt")
+    kept = shutil.copytree(own.path, tmp_path / "kept")
+    for moment in itertools.count():
+        shutil.rmtree(own.path)
+        shutil.copytree(kept, own.path)
+        own.tell([{"member": 0, "step": 1, "progress": 50.0, "value": 0.5, "now": 0.5}])
+        calls = itertools.count()
+
+        def dying(call, moment=moment, calls=calls):
+            def step(*args, **options):
+                if next(calls) == moment:
+                    raise Stop
+                return call(*args, **options)
+
+            return step
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", dying(os.replace))
+            patched.setattr(shutil, "rmtree", dying(shutil.rmtree))
+            try:
+                own.adopt(state, lineage.changed({"optim.lr": 0.001}, state["progress"]["step"]), donor.reports, None)
+                break
+            except Stop:
+                pass
+        train_trial(trial_config(base, search, own, own.lineage), search, own, lambda report: None)
+    assert moment > 5
+
+
+def test_a_line_that_a_full_disk_cut_short_is_no_report(tmp_path):
+    _, _, folder, _ = trial(tmp_path, 0, optim__lr=0.003)
+    report = {"member": 0, "step": 1, "progress": 50.0, "value": 0.5, "now": 0.5}
+    (folder.path / "reports.jsonl").write_text(json.dumps(report) + '\n{"member": 0, "st')
+    assert folder.reports == [report]
+
+
+def test_a_figure_that_was_infinite_on_the_way_is_not_the_best():
+    """A run's records hold null for it."""
+    judge = _Judge("val/loss", "loss")
+    assert judge.value([{"val/loss": None}, {"val/loss": 0.5}, {"val/loss": 0.7}]) == 0.5
+    assert math.isnan(judge.value([{"val/loss": None}, {"val/loss": None}]))
 
 
 def test_the_results_put_finished_trials_first_and_failures_with_their_reason(tmp_path):

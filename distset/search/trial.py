@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from distset.checkpoints import Checkpoints
 from distset.cluster.config import storage_below
-from distset.files import write_atomically
+from distset.files import whole_lines, write_atomically
 from distset.report import write_json
 from distset.search.plan import PBT, Search
 from distset.search.space import apply
@@ -88,8 +88,7 @@ class TrialFolder:
     @property
     def reports(self) -> list[Report]:
         """What the search was told."""
-        path = self.path / "reports.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        return [json.loads(line) for line in whole_lines(self.path / "reports.jsonl")]
 
     def write(self, status: str, lineage: Lineage, **figures: Any) -> None:
         """Write ``trial.json``.
@@ -123,17 +122,20 @@ class TrialFolder:
             lineage, reports: the other's.
             storage: URI of this trial's checkpoints, where they are not in its run folder.
         """
-        draft = self.path / "adopted"
+        draft, former = self.path / "adopted", self.path / "former"
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)
         Checkpoints(draft / "checkpoints").save(state)
         if storage is not None:
             from distset.cluster.storage import StorageCheckpoints
 
             StorageCheckpoints(storage).save(state)
+        if self.run.exists():  # out of the way at once: a run of the past would not go on with the new settings
+            os.replace(self.run, former)
         self.tell(reports)
         self.write("running", lineage)
-        shutil.rmtree(self.run, ignore_errors=True)
         os.replace(draft, self.run)
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def trial_config(base: Mapping[str, Any], search: Search, folder: TrialFolder, lineage: Lineage) -> dict[str, Any]:
@@ -205,8 +207,9 @@ class _Judge:
         self.check(measured[-1])
         kept = measured[-1]
         if self.plan.monitor is not None:
-            pick = min if self.plan.minimise else max
-            kept = pick(measured, key=lambda record: record[f"val/{self.plan.monitor}"])
+            pick, monitor = min if self.plan.minimise else max, f"val/{self.plan.monitor}"
+            finite = [record for record in measured if record[monitor] is not None]  # null in metrics.jsonl
+            kept = pick(finite or measured[:1], key=lambda record: record[monitor])
         value = kept[self.metric]
         return math.nan if value is None else value
 
