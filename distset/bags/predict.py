@@ -171,7 +171,7 @@ def store_of_file(path: str | Path, scratch: Path) -> Store:
     errors = []
     for reader in READERS[suffix]:
         try:
-            source = reader(path.parent)
+            source = reader(path.parent if path.is_dir() else path)
             set_id = next(name for name in source.ids if source.files[name].resolve() == path)
             return write_store(scratch / path.stem, [source.read(set_id)])
         except (ValueError, StopIteration) as error:

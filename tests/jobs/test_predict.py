@@ -271,6 +271,11 @@ def test_one_file_is_a_bag(run, job, tmp_path, monkeypatch):
         wanted = RunFolder(run).load_task().predict(InMemory(torch.from_numpy(images), element_ndim=3))
         assert row["prob_1"] == pytest.approx(wanted[1].item(), abs=1e-6)
         assert (tmp_path / stem / "elements" / folder_name(stem) / "elements.parquet").exists()
+    np.save(tmp_path / "slide-8.npy", images[:2])  # what else lies in the folder is not asked
+    (tmp_path / "pt_files").mkdir()
+    said, code = job(predict, f"run={run}", f"bag={tmp_path}/slide-8.pt", "out=again")
+    assert code == 0, said
+    assert pd.read_csv("again/predictions.csv")["prob_1"].item() == row["prob_1"]
     np.save(tmp_path / "wide.npy", np.zeros((4, 7), np.float32))
     said, code = job(predict, f"run={run}", f"bag={tmp_path}/wide.npy")
     assert (code, "wide.npy has elements of shape (7,), the model" in said) == (1, True), said

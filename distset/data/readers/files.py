@@ -36,9 +36,11 @@ class FileSource:
 
 
 def bag_files(path: str | Path, endings: Sequence[str], inner: str | None = None) -> dict[str, Path]:
-    """The files under a folder by set id: the path below the folder without its ending, in the order of their names.
+    """The files under a folder by set id: the path below the folder without its ending, in the order of their names;
+    or one file, by its own name.
 
     Args:
+        path: the folder, or the file.
         endings: of the files to take, ``(".h5",)``.
         inner: a folder inside ``path`` that holds them where there is one (CLAM's ``h5_files``).
 
@@ -46,6 +48,8 @@ def bag_files(path: str | Path, endings: Sequence[str], inner: str | None = None
         ValueError: for a path that is no folder, no files, two files of one id.
     """
     folder = Path(path)
+    if folder.suffix.lower() in endings and folder.is_file():
+        return {folder.stem: folder}
     if not folder.is_dir():
         raise ValueError(f"path: {folder} is not a folder, wanted one that holds {', '.join(endings)} files")
     if inner is not None and (folder / inner).is_dir():
