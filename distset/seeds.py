@@ -34,5 +34,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.random.default_generator.manual_seed(seed)
         if devices:
-            torch.cuda.manual_seed(seed)
+            with torch.cuda.device(device):  # manual_seed() is about the current one
+                torch.cuda.manual_seed(seed)
         yield

@@ -55,8 +55,9 @@ class Chunk(NamedTuple):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Chunk:
         """The chunk on ``device``, floating-point elements as ``dtype`` (if given)."""
         dtype = dtype if self.elements.is_floating_point() else None
-        elements = self.elements.to(device=device, dtype=dtype, non_blocking=True)
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
+        ahead = device.type != "cpu"  # nothing on a CPU would wait for what a GPU has yet to send
+        elements = self.elements.to(device=device, dtype=dtype, non_blocking=ahead)
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=ahead)
         return self._replace(elements=elements, mask=mask)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from distset import UMBC, Exact, Features, Full, InMemory, Sampled, encode_set
 from distset.kernels import fused_pool, wide_product
+from distset.sets import Chunk
 from distset.testing import check_encoder
 
 pytestmark = [
@@ -47,6 +48,25 @@ def test_float32(where):
     torch.testing.assert_close(z.cpu().double(), want_z, rtol=1e-4, atol=1e-5)
     assert_close([g.cpu().double() for g in got], want, 1e-3)
     assert_close(got, full, 1e-3)
+
+
+def test_elements_on_the_device_for_an_encoder_on_the_host():
+    """A copy to the host is over when it is used, however busy the device."""
+    for _ in range(5):
+        torch.cuda._sleep(50_000_000)
+        late = torch.ones(4_000_000, 1, device="cuda")
+        assert Chunk(late).to(torch.device("cpu")).elements.sum() == len(late)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device here")
+def test_dropout_on_a_device_that_is_not_the_current_one():
+    encoder = Features(nn.Sequential(nn.Linear(32, 64), nn.Dropout(0.5)), UMBC(64, 4)).to("cuda:1")
+    before = torch.cuda.get_rng_state(0)
+    set_ = InMemory(torch.randn(500, 32), 100)
+    _, got = gradients(encoder, set_, Exact())
+    _, want = gradients(encoder, set_, Full())
+    assert_close(got, want, 1e-3)
+    assert torch.equal(torch.cuda.get_rng_state(0), before)
 
 
 def test_bfloat16_autocast():
