@@ -112,9 +112,9 @@ class StoreWriter:
         """Write one bag.
 
         Raises:
-            ValueError: for an empty bag, an id that was written before, elements of another shape or type than the first
-                bag's, values that are not finite, coordinates or instance labels that do not fit the elements, instance
-                labels that are not integers, more elements than 2^31 - 1.
+            ValueError: for an empty bag, an id that was written before, names and labels that are no text, elements of
+                another shape or type than the first bag's, values that are not finite, coordinates or instance labels that
+                do not fit the elements, instance labels that are not integers, more elements than 2^31 - 1.
         """
         if bag.set_id in self._ids:
             raise ValueError(f"set_id: {bag.set_id!r} comes twice; give every set its own id")
@@ -218,8 +218,13 @@ def write_store(path: str | Path, bags: Iterable[Bag], *, seed: int = 0, dtype: 
 def check_bag(bag: Bag) -> None:
     """Refuse what no store can hold; see `StoreWriter.add`."""
     n = len(bag.elements)
+    if not isinstance(bag.set_id, str):
+        raise ValueError(f"set_id: got {bag.set_id!r}, wanted text; str(...) makes it so")
     if not bag.set_id:
         raise ValueError("set_id: got an empty one, wanted a name")
+    for name, said in (("label", bag.label), ("case_id", bag.case_id)):
+        if not isinstance(said, str | None):
+            raise ValueError(f"set {bag.set_id!r}: {name} is {said!r}, wanted text or None; str(...) makes it so")
     if n == 0 or 0 in getattr(bag.elements, "shape", (1,))[1:]:
         raise ValueError(f"set {bag.set_id!r} is empty; a set needs an element: drop it from the source")
     shape = getattr(bag.elements, "shape", None)

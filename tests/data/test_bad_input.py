@@ -59,6 +59,9 @@ def with_value(value, dtype=np.float32):
         (Bag("b", ONES, None, np.array([0, 0.5, 1, 0])), "instance_labels hold 0.5 at row 1, wanted whole numbers"),
         (Bag("b", ONES, None, np.array([2**32, 1, 0, 0])), "instance_labels hold 4294967296 at row 0"),
         (Bag("b", ONES, None, np.array(list("abca"))), "instance_labels hold a at row 0"),
+        (Bag("b", ONES, label=1), "set 'b': label is 1, wanted text or None"),
+        (Bag("b", ONES, case_id=7), "set 'b': case_id is 7, wanted text or None"),
+        (Bag(5, ONES), "set_id: got 5, wanted text"),
         (Bag("b", Many()), "has 2,147,483,648 elements, wanted at most 2,147,483,647"),
     ],
 )
