@@ -222,9 +222,9 @@ def check_bag(bag: Bag) -> None:
         raise ValueError(f"set_id: got {bag.set_id!r}, wanted text; str(...) makes it so")
     if not bag.set_id:
         raise ValueError("set_id: got an empty one, wanted a name")
-    for name, said in (("label", bag.label), ("case_id", bag.case_id)):
-        if not isinstance(said, str | None):
-            raise ValueError(f"set {bag.set_id!r}: {name} is {said!r}, wanted text or None; str(...) makes it so")
+    for name, given in (("label", bag.label), ("case_id", bag.case_id)):
+        if not isinstance(given, str | None):
+            raise ValueError(f"set {bag.set_id!r}: {name} is {given!r}, wanted text or None; str(...) makes it so")
     if n == 0 or 0 in getattr(bag.elements, "shape", (1,))[1:]:
         raise ValueError(f"set {bag.set_id!r} is empty; a set needs an element: drop it from the source")
     shape = getattr(bag.elements, "shape", None)
