@@ -335,6 +335,17 @@ def test_a_folder_without_files_and_two_files_of_one_id(tmp_path):
         readers.arrays(tmp_path)
 
 
+def test_folders_behind_links_are_read_once(tmp_path):
+    for folder in ("here/b", "there/a"):
+        patch_folder(tmp_path / folder)
+        np.save(tmp_path / folder / "x.npy", X["a"])
+    (tmp_path / "here" / "site").symlink_to(tmp_path / "there")
+    (tmp_path / "here" / "again").symlink_to(tmp_path / "here" / "b")
+    (tmp_path / "there" / "up").symlink_to(tmp_path)
+    assert readers.arrays(tmp_path / "here").ids == ["b/x", "site/a/x"]
+    assert readers.patches(tmp_path / "here").ids == ["b", "site/a"]
+
+
 def test_broken_and_uneven_patches_are_named(tmp_path):
     patch_folder(tmp_path / "broken" / "a")
     (tmp_path / "broken" / "a" / "0_0.png").write_bytes(b"no image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from distset.data.bag import Bag, NothingToStore
 from distset.data.splits import Split
 from distset.files import DiskFull
 
-__all__ = ["FileSource", "bag_files", "naming"]
+__all__ = ["FileSource", "bag_files", "files_below", "naming"]
 
 
 class FileSource:
@@ -54,7 +55,7 @@ def bag_files(path: str | Path, endings: Sequence[str], inner: str | None = None
         raise ValueError(f"path: {folder} is not a folder, wanted one that holds {', '.join(endings)} files")
     if inner is not None and (folder / inner).is_dir():
         folder = folder / inner
-    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings and file.is_file())
+    found = sorted(file for file in files_below(folder) if file.suffix.lower() in endings and file.is_file())
     if not found:
         raise ValueError(f"path: {folder} holds no {', '.join(endings)} files; check the path")
     files: dict[str, Path] = {}
@@ -64,6 +65,20 @@ def bag_files(path: str | Path, endings: Sequence[str], inner: str | None = None
             raise ValueError(f"path: {files[set_id]} and {file} would both be the set {set_id!r}; keep one of them")
         files[set_id] = file
     return files
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, also behind links to other folders, which `Path.rglob` passes by; each folder once."""
+    seen: set[str] = set()
+    waiting = [folder]  # links come after the folders themselves, so that these keep their names
+    for start in waiting:
+        for here, folders, names in os.walk(start):
+            if (real := os.path.realpath(here)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            waiting += [Path(here, name) for name in sorted(folders) if os.path.islink(os.path.join(here, name))]
+            yield from (Path(here, name) for name in names)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distset.data.bag import Bag
-from distset.data.readers.files import FileSource
+from distset.data.readers.files import FileSource, files_below
 
 __all__ = ["ImageFiles", "patches"]
 
@@ -47,7 +47,7 @@ def patches(path: str | Path, *, folder_is_label: bool = False, coords: str | No
     if not root.is_dir():
         raise ValueError(f"path: {root} is not a folder, wanted one with a folder of images for each bag")
     pattern = None if coords is None else re.compile(coords)
-    folders = sorted({file.parent for file in root.rglob("*") if file.suffix.lower() in ENDINGS} - {root})
+    folders = sorted({file.parent for file in files_below(root) if file.suffix.lower() in ENDINGS} - {root})
     if not folders:
         raise ValueError(f"path: {root} holds no folder with {', '.join(ENDINGS)} files, wanted one for each bag")
 
