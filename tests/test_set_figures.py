@@ -50,7 +50,12 @@ def test_what_a_table_wants_is_drawn_beside_it(tmp_path):
     draw_table(wanted, table, {"a": tmp_path / "runs", "b": tmp_path / "none", "c": tmp_path / "none"}, tmp_path / "globe")
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["globe-curve.png", "globe-dots.png", "globe-tours.png"]
     assert (tmp_path / "globe-tours.png").read_bytes() == b"a picture"
-    for wrong, message in (({"bars": 1}, "draw: got bars"), ({"pictures": {"x": []}}, "the table has no row x")):
+    for wrong, message in (
+        ({"bars": 1}, "draw: got bars"),
+        ({"pictures": {"x": []}}, "the table has no row x"),
+        ({"dots": "lost"}, "the table has no figure lost"),
+        ({"lines": {"figure": "lost", "over": "words", "rows": {}}}, "the table has no figure lost"),
+    ):
         with pytest.raises(ValueError, match=message):
             draw_table(wrong, table, {}, tmp_path / "globe")
 

@@ -46,6 +46,11 @@ def draw_table(wanted: Mapping[str, Any], gathered: Mapping[str, Any], runs: Map
     named = {name for line in wanted.get("lines", {}).get("rows", {}).values() for name in line.values()}
     if unknown := (named | set(wanted.get("pictures", {}))) - set(values):
         raise ValueError(f"draw: the table has no row {', '.join(sorted(unknown))}")
+    shown = {wanted.get("dots"), wanted.get("lines", {}).get("figure")} - {None}
+    if unknown := shown - set(gathered["figures"]):
+        raise ValueError(
+            f"draw: the table has no figure {', '.join(sorted(unknown))}, it has {', '.join(gathered['figures'])}"
+        )
     if "curve" in wanted:
         histories = {name: found for name, folder in runs.items() if (found := _histories(folder))}
         if histories:
