@@ -178,6 +178,11 @@ def test_chunks_travel_as_arrow(dtype):
     assert torch.equal(read_chunk(write_chunk(chunk)), chunk)
 
 
+def test_chunks_of_bfloat16_and_of_a_graph_travel_as_arrow():
+    chunk = torch.randn(7, 3).bfloat16().requires_grad_()
+    assert torch.equal(read_chunk(write_chunk(chunk)), chunk.float())
+
+
 def test_other_arrow_bodies():
     import pyarrow as pa
 

@@ -16,6 +16,8 @@ __all__ = ["read_chunk", "read_words", "write_chunk"]
 def write_chunk(elements: Tensor) -> bytes:
     """Vectors ``(N, D)`` of floats, or words ``(N, 1)`` of integers, as an Arrow stream with one column, ``elements``.
 
+    Arrow has no bfloat16: such vectors travel as float32, which holds the same numbers.
+
     Example:
         >>> import torch
         >>> from distset.data.arrow_chunks import read_chunk, write_chunk
@@ -23,7 +25,8 @@ def write_chunk(elements: Tensor) -> bytes:
         [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
     pa = need("pyarrow")
-    flat = pa.array(elements.contiguous().cpu().numpy().reshape(-1))
+    held = elements.detach().cpu()
+    flat = pa.array((held.float() if held.dtype == torch.bfloat16 else held).numpy().reshape(-1))
     table = pa.table({"elements": pa.FixedSizeListArray.from_arrays(flat, elements.shape[1])})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:

@@ -61,7 +61,7 @@ def read_registries(path: str | Path, *, smallest: int = 3, largest: int = 29) -
     found = []
     for number, line in enumerate(path.read_text().splitlines(), 1):
         words = [word for word in re.split(r"[\s,]+", line.strip()) if word]
-        if not all(word.isdigit() and int(word) >= 1 for word in words):
+        if not all(word.isdecimal() and int(word) >= 1 for word in words):
             raise ValueError(
                 f"path: line {number} of {path} is {line[:60]!r}, wanted ids from 1 with blanks or commas between"
             )

@@ -212,6 +212,7 @@ def test_bad_pickles_are_named(tmp_path, content, message):
 @pytest.mark.parametrize(("text", "message"), [
     ("1 2 x\n", "line 1 of .* is '1 2 x', wanted ids from 1"),
     ("1 2 3\n0 1 2\n", "line 2"),
+    ("1 2 \u00b2\n", "line 1 of .* wanted ids from 1"),
     ("1 2\n", "has no registry of 3 to 29 items"),
 ])  # fmt: skip
 def test_bad_files_are_named(tmp_path, text, message):
