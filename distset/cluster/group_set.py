@@ -199,7 +199,7 @@ class GroupSet(ChunkedSet):
             if part is None and like is not None:
                 shape, dtype, device = like
                 part = torch.zeros(shape, dtype=dtype, device=device)
-            total.append(part)
+            total.append(None if part is None else part.contiguous())  # one that is expanded cannot be added to
         self.group.add_up([part for part in total if part is not None])
         return total
 

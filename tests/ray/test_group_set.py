@@ -209,6 +209,9 @@ def sums(group: SetGroup) -> bool:
     torch.testing.assert_close(first, memory().elements.sum(0), rtol=0, atol=1e-12)
     assert none is None
     assert torch.equal(some, torch.full((2,), 2.0))
+    alone = GroupSet(memory(), group, local=0)  # a chunk a rank, whose part comes as fn returned it
+    (expanded,) = alone.sum(lambda chunk: (torch.ones(()).expand(3),), ids=range(group.size))
+    assert expanded.tolist() == [group.size] * 3
     return True
 
 
