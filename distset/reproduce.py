@@ -106,8 +106,10 @@ def collect(table: Table, runs: str | Path, results: str | Path, rows: Sequence[
     folders = {row.name: Path(runs) / table.name / _slug(row.name) for row in table.rows}
     for row in table.rows:
         if rows is None or row.name in rows:
-            found = _measure(row, folders[row.name])
-            known[row.name, row.command] = {"date": datetime.date.today().isoformat(), "hardware": _hardware(), **found}
+            found, before = _measure(row, folders[row.name]), known.get((row.name, row.command), {})
+            if not found.items() <= before.items():  # else it was only read again: the day and the machine stay
+                before = {"date": datetime.date.today().isoformat(), "hardware": _hardware()}
+            known[row.name, row.command] = {**before, **found}
         gathered = {
             "title": table.title,
             "text": table.text,
