@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from PIL import Image
 
-from distset.checkpoints import read_state
+from distset.checkpoints import Checkpoints, read_state
 from distset.report.search_plots import plot_parallel, plot_slices
 from distset.search import ASHA, PBT, Choice, Range, Search, apply, draw, read_search, read_space
 from distset.search.results import trial_table, write_results
@@ -229,6 +229,30 @@ def test_a_state_that_was_taken_over_has_its_past_and_is_trained_again_from_its_
     weights = [read_state(path / "checkpoints" / "last" / "state.pt")["model"] for path in (own.run, tmp_path / "again")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert figures["value"] == json.loads((own.run / "metrics.json").read_text())["val"]["jaccard"]
+
+
+def test_what_a_killed_trial_had_yet_to_tell_is_told_by_its_successor(tmp_path, monkeypatch):
+    """Killed once its checkpoint is written, before the step after."""
+    search, base, folder, lineage = trial(tmp_path, 0, optim__lr=0.003)
+    config = trial_config(base, search, folder, lineage)
+    config["plan"]["checkpoint_every"] = 2
+    save = Checkpoints.save
+
+    def dying(self, state):
+        save(self, state)
+        if state["progress"]["step"] == 4:
+            raise Stop
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", dying)
+        with pytest.raises(Stop):
+            train_trial(config, search, folder, print)
+    assert [report["step"] for report in folder.reports] == [2]
+    told: list[dict[str, float]] = []
+    train_trial(config, search, folder, told.append)
+    assert [report["step"] for report in told] == [4]
+    assert [report["step"] for report in folder.reports] == [2, 4]
+    assert told[0]["now"] == json.loads((folder.run / "metrics.jsonl").read_text().splitlines()[1])["val/jaccard"]
 
 
 def test_a_trial_that_is_killed_while_it_takes_over_a_state_goes_on(tmp_path, monkeypatch):

@@ -201,7 +201,7 @@ class _Judge:
 
     def value(self, records: Sequence[Mapping[str, Any]]) -> float:
         """The metric at the weights that the run keeps: those of the best record by the monitor, or of the last one."""
-        measured = [record for record in records if any(key.startswith("val/") for key in record)]
+        measured = [record for record in records if _measured(record)]
         if not measured:
             raise ValueError("search.metric: there are no validation sets to measure it on; the search needs some")
         self.check(measured[-1])
@@ -238,16 +238,21 @@ class _Reports(Watch):
         self.total, self.records, self.waiting = total, list(history), None
         told = [report for report in self.folder.reports if (report["member"], report["step"]) <= (self.place, step)]
         self.folder.tell(told)
+        measured = [record for record in history if _measured(record)]
+        if measured and (self.place, measured[-1]["step"]) not in [(report["member"], report["step"]) for report in told]:
+            self.waiting = self._report(measured[-1])  # the process was lost between its checkpoint and the step after
 
     def stepped(self, step: int, sets: int, elements: int, loss: float) -> None:
         self.flush()
 
     def recorded(self, record: Record) -> None:
         self.records.append(record)
-        if not any(key.startswith("val/") for key in record):
-            return
-        self.judge.check(record)
-        self.waiting = {
+        if _measured(record):
+            self.judge.check(record)
+            self.waiting = self._report(record)
+
+    def _report(self, record: Record) -> Report:
+        return {
             "member": self.place,
             "step": record["step"],
             "progress": 100 * (self.place + record["step"] / self.total) / self.count,
@@ -262,6 +267,11 @@ class _Reports(Watch):
             with open(self.folder.path / "reports.jsonl", "a") as file:
                 file.write(json.dumps(report) + "\n")
             self.report(report)
+
+
+def _measured(record: Mapping[str, Any]) -> bool:
+    """Whether a record is of validation sets."""
+    return any(key.startswith("val/") for key in record)
 
 
 def _steps(reports: Sequence[Report]) -> int:
