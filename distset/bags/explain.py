@@ -155,7 +155,7 @@ def explain_bag(task: BagTask, bag: Any, folder: Path, plan: ExplainPlan, probab
             if picture is not None:
                 picture.add(corners, signed, part.attention)
             if geojson is not None:
-                kinds = [name if value > 0 else "other" for value in signed]
+                kinds = [name if value > 0 else _other_than(name) for value in signed]
                 geojson.add(corners, {"attention": part.attention, "contribution": signed}, kinds)
     if picture is not None:
         picture.draw(folder, bag.name, name, probabilities[target])
@@ -263,8 +263,14 @@ def _geojson(
     if not geometry.pixels:
         log.warning("set %s: its coordinates are not in pixels of level 0; no GeoJSON is written", bag.name)
         return None
-    file = GeoJson(folder / "patches.geojson", patch=geometry.patch, name=bag.name, colors={target: RED, "other": BLUE})
+    colors = {target: RED, _other_than(target): BLUE}
+    file = GeoJson(folder / "patches.geojson", patch=geometry.patch, name=bag.name, colors=colors)
     return stack.enter_context(file)
+
+
+def _other_than(target: str) -> str:
+    """What the patches are called that speak against a class, which may itself be "other"."""
+    return "other" if target != "other" else "not other"
 
 
 def _write_extremes(folder: Path, bag: Any, extremes: Extremes, geometry: Geometry | None, target: str) -> None:

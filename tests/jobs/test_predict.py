@@ -252,6 +252,11 @@ def test_heatmaps_lie_over_the_image_of_the_set(run, tmp_path):
     assert ((picture == 200).all(-1)).mean() > 0.4  # the image, twice
     signs = pd.read_parquet(folder / "elements.parquet")["contribution_1"]
     assert signs.abs().max() > 0
+    task.classes = ["tumour", "other"]
+    explain_bag(task, bag, folder, ExplainPlan(images=str(tmp_path), png=False, geojson=True, top=0), [0.5, 0.5])
+    found = json.loads((folder / "patches.geojson").read_text())["features"]
+    kinds = {f["properties"]["classification"]["name"]: f["properties"]["classification"]["color"] for f in found}
+    assert kinds == {"other": [203, 24, 29], "not other": [33, 102, 172]}
     nowhere = store.open("c")
     assert Geometry.of(nowhere) is None
     explain_bag(task, nowhere, tmp_path / "c", ExplainPlan(geojson=True), [0.5, 0.5])
