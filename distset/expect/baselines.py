@@ -171,7 +171,7 @@ class Past(nn.Module, Baseline):
 
 # Penalties of the ridge regression, relative to the mean squared length of a centred sample in the training folds.
 PENALTIES = (0.3, 1.0, 3.0)
-# The F statistic below which a prediction is not trusted: of one given direction, and of as many as there are samples.
+# The F statistic below which a prediction is not trusted: of one given direction, and of as many as there are subsets.
 DOUBT_ONE, DOUBT_ALL = 4.0, 8.0
 # So many times as much evidence is wanted, at most, of a fit by the weakest penalty.
 MORE_DOUBT = 3.0
@@ -201,25 +201,36 @@ def _ridge(values: Tensor, x: Tensor) -> Tensor:
     """The shrunk ridge slope ``(B, n)`` of ``values (T, B)`` on ``x (T, B, n)``.
 
     Worked out along the r = min(T, n) principal directions of x, in which every penalty is a division: W ``(B, T, r)`` are
-    the samples' coordinates, of squared lengths ``spectrum (B, r)``.
+    the samples' coordinates, of squared lengths ``spectrum (B, r)``. The leave-one-out error leaves out a subset with all
+    its copies: beside a copy of itself every sample is foretold.
     """
     count = len(values)
     xc, fc = (x - x.mean(0)).transpose(0, 1), (values - values.mean(0)).T  # (B, T, n), (B, T)
     spectrum, W, slope_of = _principal(xc)
     size = (spectrum.sum(-1) / count).clamp_min(torch.finfo(x.dtype).tiny)
     along = (W.mT @ fc.unsqueeze(-1)).squeeze(-1)
-    wanted = fc * count / (count - 1)  # f less the mean of the others
+    copies = _copies(W)
+    different = copies.reciprocal().sum(-1)
+    wanted = fc * count / (count - copies).clamp_min(1)  # f less the mean of the others
     best, chosen = torch.full_like(size, torch.inf), torch.zeros_like(along)
     for penalty in PENALTIES:
         inverse = 1 / (spectrum + (penalty * size).unsqueeze(-1))
         leverage = (W.square() @ inverse.unsqueeze(-1)).squeeze(-1) + 1 / count
         fitted = (W @ (inverse * along).unsqueeze(-1)).squeeze(-1)
-        predicted = wanted - (fc - fitted) / (1 - leverage)  # by the other samples
-        factor = _shrinkage(predicted, wanted, _doubt(penalty, spectrum.shape[-1], count)).unsqueeze(-1)
+        predicted = wanted - (fc - fitted) / (1 - copies * leverage).clamp_min(1e-9)  # by the others
+        factor = _shrinkage(predicted, wanted, different, _doubt(penalty, spectrum.shape[-1], different)).unsqueeze(-1)
         error = (wanted - factor * predicted).square().sum(-1)
         chosen = (factor * inverse * along).where((error < best).unsqueeze(-1), chosen)
         best = torch.minimum(error, best)
     return slope_of(chosen)
+
+
+def _copies(W: Tensor) -> Tensor:
+    """How many of the samples with coordinates ``W (B, T, r)`` are the same subset as each, itself counted, ``(B, T)``."""
+    gram = W @ W.mT
+    length = gram.diagonal(dim1=-2, dim2=-1)
+    apart = length.unsqueeze(-1) + length.unsqueeze(-2) - 2 * gram  # squared, and an even number: 0, 2, 4, ...
+    return (apart < 1).sum(-1).to(W)
 
 
 def _step(values: Tensor, x: Tensor) -> Tensor:
@@ -242,22 +253,22 @@ def _principal(xc: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     return spectrum.clamp_min(0), W, lambda c: (xc.mT @ (U @ (inverse * c).unsqueeze(-1))).squeeze(-1)
 
 
-def _doubt(penalty: float, directions: int, count: int) -> float:
-    r"""The F statistic wanted of a ridge fit of so many directions to ``count`` samples: :math:`8 \rho`, their ratio.
+def _doubt(penalty: float, directions: int, different: Tensor) -> Tensor:
+    r"""The F statistic wanted of a ridge fit of so many directions to ``different`` subsets: :math:`8 \rho`, their ratio.
 
     By the weakest penalty :math:`8 \rho^2 / (1 - \rho)^2`, between that and 3 times that: chance alone explains
-    :math:`\rho / (1 - \rho)` of what it leaves, so that near as many directions as samples the errors within the training
+    :math:`\rho / (1 - \rho)` of what it leaves, so that near as many directions as subsets the errors within the training
     folds, from which the statistic comes, say little about those outside. A stronger penalty fits fewer directions.
     """
-    share = directions / count
+    share = (directions / different).clamp_max(1)
     if penalty > PENALTIES[0]:
         return DOUBT_ALL * share
-    odds = share / (1 - share) if share < 1 else torch.inf
-    return DOUBT_ALL * min(max(odds**2, share), MORE_DOUBT * share)
+    odds = share / (1 - share)
+    return DOUBT_ALL * torch.minimum(torch.maximum(odds.square(), share), MORE_DOUBT * share)
 
 
-def _shrinkage(predicted: Tensor, wanted: Tensor, doubt: float) -> Tensor:
-    """The factor in [0, 1] by which ``predicted (*, T)`` is to be trusted to predict ``wanted``.
+def _shrinkage(predicted: Tensor, wanted: Tensor, count: Tensor | int, doubt: Tensor | float) -> Tensor:
+    """The factor in [0, 1] by which ``predicted (*, T)`` is to be trusted to predict ``wanted``, of ``count`` subsets.
 
     The least-squares factor, shrunk as James and Stein do by the F statistic of the prediction; 0 where that is below
     ``doubt``: a baseline that only chance speaks for is not used.
@@ -266,14 +277,15 @@ def _shrinkage(predicted: Tensor, wanted: Tensor, doubt: float) -> Tensor:
     both, own = torch.linalg.vecdot(predicted, wanted), predicted.square().sum(-1).clamp_min(tiny)
     explained = both.clamp_min(0).square() / own
     left = (wanted.square().sum(-1) - explained).clamp_min(0)
-    trust = (1 - doubt * left / (wanted.shape[-1] * explained).clamp_min(tiny)).clamp_min(0)
+    trust = (1 - doubt * left / (count * explained).clamp_min(tiny)).clamp_min(0)
     return (both / own).clamp(0, 1) * trust
 
 
 def _coefficient(train: Samples, slope: Tensor) -> Tensor:
     """How much of ``slope (n,)`` or ``(B, n)`` the training samples confirm, ``(B,)``."""
     predicted = torch.linalg.vecdot(train.centred, slope)
-    return _shrinkage((predicted - predicted.mean(0)).T, (train.values - train.values.mean(0)).T, DOUBT_ONE)
+    centred = (train.values - train.values.mean(0)).T
+    return _shrinkage((predicted - predicted.mean(0)).T, centred, len(predicted), DOUBT_ONE)
 
 
 def _shrunk_then_ridge(train: Samples, slope: Tensor) -> Tensor:

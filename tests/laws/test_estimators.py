@@ -43,24 +43,39 @@ def test_leave_one_out_is_the_sample_covariance() -> None:
     torch.testing.assert_close(logits.grad, ((f - f.mean()).unsqueeze(-1) * (z - z.mean(0))).sum(0) / 15)
 
 
+def parity(z: Tensor) -> Tensor:
+    """Of the chosen positions: no affine function explains it."""
+    return (z @ torch.tensor([1.0, 2, 4, 7, 11, 16, 22, 29]).to(z)).remainder(2) * 2 - 1 + 10
+
+
+def spread(baseline: Baseline, logits: Tensor, num_samples: int) -> float:
+    """The variance of the gradient of the mean parity of 4 of 8."""
+    leaf = logits.double().expand(4000, 8).clone().requires_grad_()
+    expect(parity, KSubset(leaf, 4), num_samples, grad=ScoreFunction(baseline), seed=0).sum().backward()
+    assert leaf.grad is not None
+    return float(leaf.grad.var(0).sum())
+
+
 @pytest.mark.parametrize("num_samples", [2, 5, 8, 12, 16, 20, 32])
 def test_a_useless_surrogate_hurts_little(num_samples: int) -> None:
-    """f = parity of the chosen positions: no affine function explains it. A ratio's standard error is .004 at most."""
-
-    def parity(z: Tensor) -> Tensor:
-        return (z @ torch.tensor([1.0, 2, 4, 7, 11, 16, 22, 29]).to(z)).remainder(2) * 2 - 1 + 10
-
-    def spread(baseline: Baseline) -> float:
-        leaf = torch.zeros(4000, 8, dtype=torch.float64, requires_grad=True)
-        expect(parity, KSubset(leaf, 4), num_samples, grad=ScoreFunction(baseline), seed=0).sum().backward()
-        assert leaf.grad is not None
-        return float(leaf.grad.var(0).sum())
-
+    """A ratio's standard error is .004 at most."""
     past = Past(8)
     past.slope += randn(8)
     for baseline in (Ridge(), past):
-        ratio = spread(baseline) / spread(LeaveOneOut())
-        assert ratio < 1.05
+        assert spread(baseline, torch.zeros(8), num_samples) < 1.05 * spread(LeaveOneOut(), torch.zeros(8), num_samples)
+
+
+@pytest.mark.parametrize("num_samples", [16, 20, 32])
+def test_copies_of_a_subset_are_no_evidence(num_samples: int) -> None:
+    """Where few subsets make up most draws; with copies left in, their leave-one-out error lets the ratio be 1.19."""
+    logits = 2 * randn(8, seed=3)
+    assert spread(Ridge(), logits, num_samples) < 1.1 * spread(LeaveOneOut(), logits, num_samples)
+
+
+def test_a_ridge_of_one_subset_again_and_again() -> None:
+    logits = torch.tensor([50.0, 40.0, -40.0, -50.0], dtype=torch.float64, requires_grad=True)
+    expect(quadratic, KSubset(logits, 2), 16, grad=ScoreFunction(Ridge()), seed=0).backward()
+    torch.testing.assert_close(logits.grad, torch.zeros(4).double(), atol=1e-12, rtol=0)
 
 
 def test_the_past_is_learned_saved_and_useful() -> None:
