@@ -70,6 +70,8 @@ def by_size(logits: Tensor, size: Tensor | int | None = None, mask: Tensor | Non
         wanted, rule = torch.as_tensor(size, device=logits.device).expand(logits.shape[:-1]), "top psi, size known"
     _check_size(wanted, offered)
     order = logits.masked_fill(~offered, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    # Padding goes last, behind elements whose logit is -inf as well.
+    order = order.gather(-1, offered.gather(-1, order).int().argsort(dim=-1, descending=True, stable=True))
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(logits.shape[-1], device=order.device).expand_as(order))
     return Choice(rank < wanted.unsqueeze(-1), rule)
 

@@ -24,6 +24,12 @@ def test_threshold_and_sizes():
     assert "predicted" in by_size(LOGITS).rule
 
 
+def test_padding_stays_behind_what_is_as_unlikely_as_can_be():
+    logits, mask = torch.tensor([9.0, -torch.inf, 1.0]), torch.tensor([False, True, True])
+    assert by_size(logits, 2, mask).chosen.tolist() == [False, True, True]
+    assert by_size(logits, 1, mask).chosen.tolist() == [False, False, True]
+
+
 def test_greedy_ascends_and_finds_the_best_of_a_modular_utility():
     weights = torch.tensor([[1.0, -2.0, 3.0, 0.5], [-1.0, -1.0, -1.0, 2.0]])
     utility = UserUtility(lambda elements, subsets, mask=None: (subsets * elements[..., 0].unsqueeze(-2)).sum(-1))
