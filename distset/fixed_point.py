@@ -330,7 +330,8 @@ class _Progress:
         cycle = back & same_pace & ~converged if self.count > self.mark_count + 1 else torch.zeros_like(converged)
         good = running & finite
         self.point = torch.where(_expand(good, self.event_ndim), x, self.point)
-        self.value = torch.where(_expand(good, self.event_ndim), fx, self.value)
+        # The first value is finite, even where so far from x0 that the residual is not.
+        self.value = torch.where(_expand(good | (self.count == 1), self.event_ndim), fx, self.value)
         self.residual = torch.where(good, residual, self.residual)
         self.iterations = torch.where(running, self.count, self.iterations)
         self.period = torch.where(good & cycle, self.count - self.mark_count, self.period)

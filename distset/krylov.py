@@ -32,7 +32,8 @@ class Neumann(NamedTuple):
         for _ in range(self.max_steps):
             term = vjp(term)
             u = u + term
-            if bool((term.norm(dim=-1) <= wanted_B).all()) or not bool(term.isfinite().all()):
+            norm_B = term.norm(dim=-1)
+            if bool(((norm_B <= wanted_B) | ~norm_B.isfinite()).all()):
                 break
         return u
 

@@ -110,6 +110,13 @@ def test_a_failing_solver_says_so_and_the_gradient_stays_finite():
     assert found.isfinite().all()
 
 
+def test_the_series_of_one_set_does_not_end_with_that_of_another():
+    slopes = torch.tensor([100.0, 0.8], dtype=torch.float64).unsqueeze(-1)  # the first leaves the finite numbers sooner
+    u = Neumann(1e-12, 1000)(lambda v: slopes * v, torch.ones(2, 1, dtype=torch.float64))
+    assert not u[0].isfinite()
+    torch.testing.assert_close(u[1], torch.tensor([5.0], dtype=torch.float64))
+
+
 def test_gmres_serves_sets_that_need_different_numbers_of_steps():
     """One set has no Jacobian at all, one a rank-1 Jacobian, one a full one: complete spaces must not spoil the rest."""
     torch.manual_seed(0)
@@ -184,6 +191,14 @@ def test_divergence_returns_the_last_finite_point():
     theta = torch.ones((), requires_grad=True)
     with pytest.warns(FixedPointWarning, match="1 of 2 sets left the finite numbers"):
         solution = fixed_point(lambda x: theta * x**2, x0, stop=Stop(max_steps=50))
+    assert solution.status.tolist() == [Status.DIVERGED, Status.CONVERGED]
+    assert solution.value.isfinite().all()
+
+
+def test_a_first_step_beyond_measure_is_divergence_and_no_randomness():
+    x0, scale = torch.tensor([[0.3], [0.3]]), torch.tensor([[1e30], [0.5]], requires_grad=True)
+    with pytest.warns(FixedPointWarning, match="1 of 2 sets left the finite numbers"):
+        solution = fixed_point(lambda x: scale * (x**2 + 0.1), x0)  # 2e29 is finite, its square is not
     assert solution.status.tolist() == [Status.DIVERGED, Status.CONVERGED]
     assert solution.value.isfinite().all()
 
