@@ -157,10 +157,11 @@ class Projector:
             return cost - cost.mean(self.dims, keepdim=True)
         normal = self.normal.to(cost)
         normal = self._masked(normal.broadcast_to(cost.shape[cost.ndim - len(self.dims) :]))
-        square = normal.square().sum()
-        if square == 0:
+        largest = normal.abs().amax()
+        if largest == 0:
             raise ValueError("normal: got the zero vector (within the mask), wanted the normal of a hyperplane")
-        return cost.addcmul((cost * normal).sum(self.dims, keepdim=True) / square, normal, value=-1)
+        normal = normal / largest  # its length says nothing, and its square might overflow or vanish
+        return cost.addcmul((cost * normal).sum(self.dims, keepdim=True) / normal.square().sum(), normal, value=-1)
 
     def _largest(self, cost: Tensor) -> Tensor:
         return cost.abs().amax(self.dims, keepdim=True)

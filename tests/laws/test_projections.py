@@ -136,6 +136,13 @@ def test_zero_normal():
         project_plane(torch.ones(3), torch.zeros(3))
 
 
+@pytest.mark.parametrize("length", [1e-30, 1e30])
+def test_the_length_of_a_normal_says_nothing(length):
+    normal = torch.tensor([3.0, -1.0, 2.0, 0.0])
+    cost = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1e9, 0.0, -1e9, 1e9]])
+    torch.testing.assert_close(project_plane(cost, length * normal), project_plane(cost, normal))
+
+
 def test_a_plane_of_an_array_is_that_of_a_tensor():
     w, normal = torch.randn(5, 3), np.array([1.0, 2.0, 3.0])
     wanted = project_plane(w, torch.from_numpy(normal))
