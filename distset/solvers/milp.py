@@ -67,7 +67,8 @@ class MixedInteger(Solver):
         return self.solve_status(costs).solutions
 
     def solve_status(self, costs: np.ndarray) -> Solved:
-        solutions, status = np.zeros_like(costs), np.zeros(len(costs), np.int8)
+        real = costs.dtype if np.issubdtype(costs.dtype, np.floating) else float  # solutions of whole costs may be fractions
+        solutions, status = np.zeros(costs.shape, real), np.zeros(len(costs), np.int8)
         sign = 1 if self.sense == "min" else -1
         integer = np.broadcast_to(np.asarray(self.integrality), costs.shape[1:]) > 0
         seconds = None if self.limit is None else self.limit.seconds

@@ -398,6 +398,7 @@ def test_mixed_programs_round_integers_only():
         LinearConstraint(np.array([[1.0, 1.0]]), ub=1.5), integrality=np.array([1, 0]), bounds=Bounds(0, 2), sense="max"
     )
     assert solver.solve(np.array([[2.0, 1.0], [1.0, 3.0]])).tolist() == [[1, 0.5], [0, 1.5]]
+    assert solver.solve(np.array([[2, 1], [1, 3]])).tolist() == [[1, 0.5], [0, 1.5]]  # of whole costs too
 
 
 def mixed_program(generator):
