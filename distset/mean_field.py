@@ -179,6 +179,8 @@ def field_step(
 
     def step(logits: Tensor) -> Tensor:
         found = estimate(logits)
+        # Autocast may hand out gains in half precision; norms and the iteration keep to that of the logits.
+        found = found._replace(mean=found.mean.to(logits.dtype), rows=found.rows.to(logits.dtype))
         if inside is not None:
             found = found._replace(
                 mean=found.mean.masked_fill(~inside, 0.0), rows=found.rows.masked_fill(~inside.unsqueeze(-2), 0.0)

@@ -160,7 +160,7 @@ class SumUtility(SetFunction):
         if self.element_ndim == 1:
             h_ND = self.encoder(elements)
         else:
-            lead = elements.shape[: -self.element_ndim]
+            lead = elements.shape[: elements.dim() - self.element_ndim]
             h_ND = self.encoder(elements.reshape(-1, *elements.shape[len(lead) :])).reshape(*lead, -1)
         return h_ND if mask is None else h_ND.masked_fill(~mask.unsqueeze(-1), 0.0)
 
@@ -276,7 +276,7 @@ class Independent(nn.Module):
         self.trunk, self.to_logit = trunk, nn.Linear(width, 1)
 
     def forward(self, elements: Tensor) -> Guess:
-        logits = self.to_logit(self.trunk(elements)).squeeze(-1)
+        logits = _wide(self.to_logit(self.trunk(elements))).squeeze(-1)
         return Guess(logits, torch.ones_like(logits), None)
 
 
@@ -293,9 +293,9 @@ class Copula(Independent):
 
     def forward(self, elements: Tensor) -> Guess:
         h = self.trunk(elements)
-        noise, factors = F.softplus(self.to_noise(h)), torch.tanh(self.to_factors(h))
+        noise, factors = F.softplus(_wide(self.to_noise(h))), torch.tanh(_wide(self.to_factors(h)))
         scale = torch.rsqrt(noise.square() + factors.square().sum(-1, keepdim=True))
-        return Guess(self.to_logit(h).squeeze(-1), (noise * scale).squeeze(-1), factors * scale)
+        return Guess(_wide(self.to_logit(h)).squeeze(-1), (noise * scale).squeeze(-1), factors * scale)
 
 
 def elbo(
@@ -415,6 +415,11 @@ def _takes_mask(function: Callable[..., Tensor]) -> bool:
         return "mask" in signature(function.forward if isinstance(function, nn.Module) else function).parameters
     except (TypeError, ValueError):  # compiled or built in
         return False
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, whatever autocast made of it: tails and determinants know nothing less."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _real(elements: Tensor) -> torch.dtype:

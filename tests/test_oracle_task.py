@@ -1,5 +1,6 @@
 """The oracle as a task: every method trains, what is frozen stays frozen, offers in chunks train too."""
 
+import math
 import warnings
 
 import pytest
@@ -40,6 +41,17 @@ def test_every_published_method_trains_and_measures(method):
         assert 0 <= last[f"val/{key}"] < 1000
     parameters = [p for name, p in task.model.named_parameters() if not name.endswith("head.4.bias")]
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)  # a constant of F has no gradient
+
+
+@pytest.mark.filterwarnings("ignore::distset.fixed_point.FixedPointWarning")  # gains of three digits settle no further
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_measures_in_bfloat16(method):
+    torch.manual_seed(0)
+    task, train = METHODS[method](), examples(gaussian_offers(4, size=12, chosen=3), group=4)
+    plan = Plan(epochs=1, batch=1, precision="bfloat16")
+    fitted = fit(task, train, train, plan=plan, optimisation=Optimisation(lr=1e-4, schedule="constant"))
+    assert fitted.history[-1]["val/loss"] == pytest.approx(12 * math.log(2), rel=0.2)  # at first psi is 0.5
+    assert all(output.dtype == torch.float32 for output in predict_all(task, train, precision="bfloat16")[0])
 
 
 def test_the_bound_trains_the_guess_alone_and_the_loss_the_utility_alone():

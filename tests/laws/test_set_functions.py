@@ -98,6 +98,14 @@ def test_elements_may_be_images_and_padding_does_not_reach_the_context():
     torch.testing.assert_close(padded[1:], alone)
 
 
+def test_elements_may_be_numbers_of_a_vocabulary():
+    utility = SumUtility(nn.Embedding(9, 4), head(4), element_ndim=0)
+    words, subsets = torch.randint(9, (2, 5)), torch.rand(2, 3, 5) < 0.5
+    vectors = SumUtility(nn.Identity(), utility.head)
+    torch.testing.assert_close(utility(words, subsets), vectors(utility.encoder(words), subsets))
+    torch.testing.assert_close(utility.gains(words, subsets), vectors.gains(utility.encoder(words), subsets))
+
+
 def test_published_sizes():
     count = sum(p.numel() for p in published_utility(2).parameters())
     assert count == (2 * 256 + 256) + (256 * 500 + 500) + (500 * 500 + 500) + (500 + 1)
