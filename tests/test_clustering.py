@@ -20,7 +20,7 @@ from distset.tasks.clustering import clustering_task, negative_log_likelihood, r
 from distset.tasks.set_models import LinearFeatures
 from distset.tasks.streams import STREAMS, encodings, stream
 from distset.testing import check_encoder
-from distset.train import Example
+from distset.train import Example, predict_all
 
 CONSISTENT = {
     "deepsets": models.deepsets,
@@ -147,6 +147,20 @@ def test_a_batch_is_the_mean_of_its_sets():
     assert together == pytest.approx(np.mean([float(task.loss(e, seed=3).detach()) for e in examples]), rel=1e-5)
     with pytest.raises(ValueError, match="examples: got sets of other sizes"):
         task.batch_loss([examples[0], Example(InMemory(torch.randn(5, 2)), None)], seed=0)
+
+
+@pytest.mark.parametrize("name", CONSISTENT)
+def test_likelihoods_of_bfloat16_networks_are_in_float32(name):
+    task = small_task(CONSISTENT[name])
+    parts = mixtures((1, 2, 1), size=32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = task.loss(parts.train[0], seed=0)
+    assert loss.dtype == torch.float32
+    with torch.no_grad():
+        near = negative_log_likelihood(to_mixture(task.predict(parts.train[0].set)), parts.train[0].set.elements)
+    assert float(loss.detach()) == pytest.approx(float(near), rel=0.05)
+    figures = task.metrics(*predict_all(task, parts.val, precision="bfloat16"))
+    assert figures["loss"] == pytest.approx(task.metrics(*predict_all(task, parts.val))["loss"], rel=0.05)
 
 
 def test_variance_over_partitions():

@@ -72,8 +72,8 @@ class ClusteringTask:
     def batch_loss(self, examples: Sequence[Example], *, seed: int) -> Tensor:
         """The same for sets of one size, encoded as a batch."""
         sets = _stacked([example.set for example in examples])
-        raw = self.model(sets, seed=seed)
-        return negative_log_likelihood(to_mixture(raw), sets.elements.to(raw)).mean()
+        mixture = to_mixture(self.model(sets, seed=seed))
+        return negative_log_likelihood(mixture, sets.elements.to(mixture.mean)).mean()
 
     def predict(self, set: ChunkedSet) -> Tensor:
         """``(*, K, 1 + 2 D)``, see `to_mixture`."""
@@ -106,14 +106,14 @@ class ClusteringTask:
 
 
 def to_mixture(raw: Tensor) -> Mixture:
-    """``(*, K, 1 + 2 D)`` to weights by softmax, means, and variances by softplus, at least 0.001.
+    """``(*, K, 1 + 2 D)`` to weights by softmax, means, and variances by softplus, at least 0.001; in float32 or wider.
 
     Example:
         >>> mixture = to_mixture(torch.zeros(2, 5))
         >>> mixture.weight.tolist(), mixture.mean.tolist()
         ([0.5, 0.5], [[0.0, 0.0], [0.0, 0.0]])
     """
-    dim = raw.shape[-1] // 2
+    dim, raw = raw.shape[-1] // 2, raw.to(torch.promote_types(raw.dtype, torch.float32))
     weight, mean, variance = raw.split([1, dim, dim], -1)
     return Mixture(weight.squeeze(-1).softmax(-1), mean, F.softplus(variance) + LEAST_VARIANCE)
 
@@ -126,7 +126,8 @@ def negative_log_likelihood(mixture: Mixture, points: Tensor) -> Tensor:
         >>> negative_log_likelihood(standard, torch.zeros(4, 2))  # log 2 pi
         tensor(1.8379)
     """
-    return -mixture.log_joint(points).logsumexp(-1).mean(-1)
+    with torch.autocast(points.device.type, enabled=False):  # it takes differences of squares
+        return -mixture.log_joint(points).logsumexp(-1).mean(-1)
 
 
 def rand_index(found: Tensor, true: Tensor, classes: int) -> Tensor:
