@@ -171,7 +171,7 @@ class Past(nn.Module, Baseline):
 
 # Penalties of the ridge regression, relative to the mean squared length of a centred sample in the training folds.
 PENALTIES = (0.3, 1.0, 3.0)
-# The F statistic below which a prediction is not trusted: of one given direction, and of as many as there are subsets.
+# The F statistic below which a prediction is not trusted: of one given direction, and of as many as there are samples.
 DOUBT_ONE, DOUBT_ALL = 4.0, 8.0
 # So many times as much evidence is wanted, at most, of a fit by the weakest penalty.
 MORE_DOUBT = 3.0
@@ -218,7 +218,7 @@ def _ridge(values: Tensor, x: Tensor) -> Tensor:
         leverage = (W.square() @ inverse.unsqueeze(-1)).squeeze(-1) + 1 / count
         fitted = (W @ (inverse * along).unsqueeze(-1)).squeeze(-1)
         predicted = wanted - (fc - fitted) / (1 - copies * leverage).clamp_min(1e-9)  # by the others
-        factor = _shrinkage(predicted, wanted, different, _doubt(penalty, spectrum.shape[-1], different)).unsqueeze(-1)
+        factor = _shrinkage(predicted, wanted, different, _doubt(penalty, spectrum.shape[-1], count)).unsqueeze(-1)
         error = (wanted - factor * predicted).square().sum(-1)
         chosen = (factor * inverse * along).where((error < best).unsqueeze(-1), chosen)
         best = torch.minimum(error, best)
@@ -253,21 +253,21 @@ def _principal(xc: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     return spectrum.clamp_min(0), W, lambda c: (xc.mT @ (U @ (inverse * c).unsqueeze(-1))).squeeze(-1)
 
 
-def _doubt(penalty: float, directions: int, different: Tensor) -> Tensor:
-    r"""The F statistic wanted of a ridge fit of so many directions to ``different`` subsets: :math:`8 \rho`, their ratio.
+def _doubt(penalty: float, directions: int, count: int) -> float:
+    r"""The F statistic wanted of a ridge fit of so many directions to ``count`` samples: :math:`8 \rho`, their ratio.
 
     By the weakest penalty :math:`8 \rho^2 / (1 - \rho)^2`, between that and 3 times that: chance alone explains
-    :math:`\rho / (1 - \rho)` of what it leaves, so that near as many directions as subsets the errors within the training
+    :math:`\rho / (1 - \rho)` of what it leaves, so that near as many directions as samples the errors within the training
     folds, from which the statistic comes, say little about those outside. A stronger penalty fits fewer directions.
     """
-    share = (directions / different).clamp_max(1)
+    share = directions / count
     if penalty > PENALTIES[0]:
         return DOUBT_ALL * share
-    odds = share / (1 - share)
-    return DOUBT_ALL * torch.minimum(torch.maximum(odds.square(), share), MORE_DOUBT * share)
+    odds = share / (1 - share) if share < 1 else torch.inf
+    return DOUBT_ALL * min(max(odds**2, share), MORE_DOUBT * share)
 
 
-def _shrinkage(predicted: Tensor, wanted: Tensor, count: Tensor | int, doubt: Tensor | float) -> Tensor:
+def _shrinkage(predicted: Tensor, wanted: Tensor, count: Tensor | int, doubt: float) -> Tensor:
     """The factor in [0, 1] by which ``predicted (*, T)`` is to be trusted to predict ``wanted``, of ``count`` subsets.
 
     The least-squares factor, shrunk as James and Stein do by the F statistic of the prediction; 0 where that is below
