@@ -206,12 +206,13 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
         steps.append(metrics["steps"])
         baselines.append(metrics.get("baselines", {}))
     keys = dict.fromkeys(key for own in figures for key, value in own.items() if value is not None)
+    rules = [rule for rule in (baselines or [{}])[0] if all(rule in own for own in baselines)]  # older runs may lack some
     return {
         "values": {key: [own.get(key) for own in figures] for key in keys},
         "diverged": figures.count({}),
         "steps": [min(steps), max(steps)] if steps else None,
         "cpu_seconds": statistics.fmean(seconds) if seconds else None,
-        "baselines": {rule: [own[rule] for own in baselines] for rule in baselines[0]} if baselines else {},
+        "baselines": {rule: [own[rule] for own in baselines] for rule in rules},
     }
 
 

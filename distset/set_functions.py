@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distset.encoders.pooling import accumulable
 from distset.offers import check_elements
 
 __all__ = [
@@ -276,7 +277,7 @@ class Independent(nn.Module):
         self.trunk, self.to_logit = trunk, nn.Linear(width, 1)
 
     def forward(self, elements: Tensor) -> Guess:
-        logits = _wide(self.to_logit(self.trunk(elements))).squeeze(-1)
+        logits = accumulable(self.to_logit(self.trunk(elements))).squeeze(-1)
         return Guess(logits, torch.ones_like(logits), None)
 
 
@@ -293,9 +294,9 @@ class Copula(Independent):
 
     def forward(self, elements: Tensor) -> Guess:
         h = self.trunk(elements)
-        noise, factors = F.softplus(_wide(self.to_noise(h))), torch.tanh(_wide(self.to_factors(h)))
+        noise, factors = F.softplus(accumulable(self.to_noise(h))), torch.tanh(accumulable(self.to_factors(h)))
         scale = torch.rsqrt(noise.square() + factors.square().sum(-1, keepdim=True))
-        return Guess(_wide(self.to_logit(h)).squeeze(-1), (noise * scale).squeeze(-1), factors * scale)
+        return Guess(accumulable(self.to_logit(h)).squeeze(-1), (noise * scale).squeeze(-1), factors * scale)
 
 
 def elbo(
@@ -415,11 +416,6 @@ def _takes_mask(function: Callable[..., Tensor]) -> bool:
         return "mask" in signature(function.forward if isinstance(function, nn.Module) else function).parameters
     except (TypeError, ValueError):  # compiled or built in
         return False
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, whatever autocast made of it: tails and determinants know nothing less."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _real(elements: Tensor) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from distset.blocks import Mixture
 from distset.encoders import ChunkEncoder
+from distset.encoders.pooling import accumulable
 from distset.seeds import seeded
 from distset.sets import ChunkedSet, InMemory
 from distset.task import Elements
@@ -113,8 +114,8 @@ def to_mixture(raw: Tensor) -> Mixture:
         >>> mixture.weight.tolist(), mixture.mean.tolist()
         ([0.5, 0.5], [[0.0, 0.0], [0.0, 0.0]])
     """
-    dim, raw = raw.shape[-1] // 2, raw.to(torch.promote_types(raw.dtype, torch.float32))
-    weight, mean, variance = raw.split([1, dim, dim], -1)
+    dim = raw.shape[-1] // 2
+    weight, mean, variance = accumulable(raw).split([1, dim, dim], -1)
     return Mixture(weight.squeeze(-1).softmax(-1), mean, F.softplus(variance) + LEAST_VARIANCE)
 
 

@@ -111,6 +111,21 @@ def test_a_run_whose_loss_does_not_stay_finite_is_said_to_have_diverged(tmp_path
     assert "| EquiVSet_ind | – | – | – | 0.91 | diverged | 1 |" in page
 
 
+def test_simple_rules_that_an_older_run_lacks_are_left_out(tmp_path):
+    with initialize_config_module("conf", version_base="1.3"):
+        table = read_table("oracle_gaussian", {**SETTINGS, "short": True})
+    table = table._replace(rows=[table.rows[0]._replace(config={**table.rows[0].config, "seeds": [0, 1]})])
+    rules = set(collect(table, tmp_path / "runs", tmp_path / "results")["rows"][0]["baselines"])
+    (path,) = (tmp_path / "runs").glob("*/*/seed-1/metrics.json")
+    metrics = json.loads(path.read_text())
+    del metrics["baselines"]["classifier"]
+    path.write_text(json.dumps(metrics))
+    found = collect(table, tmp_path / "runs", tmp_path / "results")["rows"][0]["baselines"]
+    assert "classifier" in rules
+    assert set(found) == rules - {"classifier"}
+    assert {len(values) for values in found.values()} == {2}
+
+
 def diverging_after(calls: int):
     """`oracle_loss` for so many training steps; NaN from then on."""
     left = [calls]
