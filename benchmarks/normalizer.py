@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.special import expit
 from torch import Tensor
 
 from benchmarks.memory import peak_bytes
@@ -51,7 +53,7 @@ def published_dft(logits: Tensor, k: int) -> Result:
 def recursion(logits: Tensor, k: int) -> Result:
     """log e_k by the recursion over elements in log space, by autograd: O(n k) in time and memory."""
     leaf = logits.clone().requires_grad_()
-    row = torch.cat([torch.zeros(1), torch.full((k,), -torch.inf)])
+    row = torch.cat([torch.zeros(1), torch.full((k,), -1e30)])  # at -inf, logaddexp has no gradient
     for x in leaf:
         row = torch.cat([row[:1], torch.logaddexp(row[1:], row[:-1] + x)])
     (grad,) = torch.autograd.grad(row[k], leaf)
@@ -67,13 +69,15 @@ class Truth(NamedTuple):
 
 
 def extended(logits: Tensor, k: int) -> Truth:
-    r"""By the tilted recursion in 80-bit floating point, from both ends: O(n k) in time.
+    r"""By the recursion in 80-bit floating point, tilted so that k are expected, from both ends: O(n k) in time.
 
     .. math:: \pi_i = p_i \sum_j P(j \text{ of those before } i)\, P(k - 1 - j \text{ of those after}) / P(K = k)
+
+    Any tilt is right, but far from this one P(K = k) is less than the least number of this precision.
     """
-    theta = logits.double().numpy().astype(np.longdouble)
-    order = np.argsort(-theta)
-    tilt = -(theta[order[k - 1]] + theta[order[k]]) / 2
+    theta = logits.double().numpy()
+    tilt = np.longdouble(brentq(lambda t: expit(theta + t).sum() - k, -50, 50))
+    order, theta = np.argsort(-theta), theta.astype(np.longdouble)
     p, q = 1 / (1 + np.exp(-theta - tilt)), 1 / (1 + np.exp(theta + tilt))
     n = len(theta)
     some = np.sort(order if n <= ALL else order[np.linspace(0, n - 1, 201).astype(int)])
@@ -147,7 +151,7 @@ def time_by_k(n: int) -> dict[int, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--full", action="store_true", help="truth up to 10^6 (minutes), the recursion up to 10^4")
+    parser.add_argument("--full", action="store_true", help="truth up to 10^6 (a minute), the recursion up to 10^4")
     full = parser.parse_args().full
     torch.set_num_threads(1)
     rows = measure(full)

@@ -103,7 +103,7 @@ def extended(logits: Tensor, k: int) -> tuple[float, Tensor]:
     """log e_k, and the inclusion probabilities of all elements, in extended precision."""
     theta = logits.numpy().astype(np.longdouble)
     cut = np.sort(theta)[::-1]
-    tilt = -(cut[k - 1] + cut[k]) / 2  # any tilt is right; this one is near the best
+    tilt = -(cut[k - 1] + cut[k]) / 2  # any tilt is right while P(K = k) is a number of this precision: here up to n = 10^5
 
     def weights(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         small = np.exp(-np.abs(a))
