@@ -2,9 +2,9 @@
 
     python -m benchmarks.clustering [--full]
 
-10 sets of 1,024 points, gradient on 8 of them; whole steps: sets drawn, loss, gradient, Adam. One thread. Five steps of a
-model follow one another, as in training, so that what they work on is where they left it. The saved bytes are what autograd
-keeps in forward and replays.
+10 sets of 1,024 points, gradient on 8 of them; whole steps: sets drawn, loss, gradient, Adam. One thread. As in training,
+each model has a process of its own, and five of its steps follow one another. The saved bytes are what autograd keeps in
+forward and replays.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.report import report, table
-from benchmarks.timing import best_times
+from benchmarks.timing import apart, best_times
 from distset import Exact, Full, InMemory, Sampled, Subset
+from distset.encode import Gradient
 from distset.problems.mixtures import mixtures
 from distset.tasks import clustering_models as models
 from distset.tasks.clustering import clustering_task
@@ -27,7 +28,7 @@ from distset.tasks.completion import completion_task
 from distset.tasks.completion_models import umbc_set_transformer as completion_model
 from distset.tasks.document_models import umbc_set_transformer as document_model
 from distset.tasks.documents import document_task
-from distset.train import Example, Parts
+from distset.train import Example
 
 WIDTH, HEADS, COMPONENTS = 128, 4, 4
 STEPS = 5
@@ -114,36 +115,37 @@ def stepping(model: nn.Module, step: Callable[[int], object]) -> Callable[[], No
     return run
 
 
-def rivals() -> dict[str, Callable[[], None]]:
-    def sets(chunk_size: int | None) -> Parts:
-        return mixtures((100_000, 1, 1), chunk_size=chunk_size)
+RIVALS: dict[str, tuple[Callable[..., models.Parts], Full | Gradient, int | None]] = {
+    "umbc, sampled": (models.umbc_set_transformer, Sampled(1), 8),
+    "umbc, full": (models.umbc_set_transformer, Full(), None),
+    "umbc, exact in 4 chunks": (models.umbc_set_transformer, Exact(), 256),
+    "umbc, subset": (models.umbc_set_transformer, Subset(1), 8),
+    "sse, sampled": (models.sse, Sampled(1), 8),
+    "sse, full": (models.sse, Full(), None),
+    "deepsets, sampled": (models.deepsets, Sampled(1), 8),
+    "deepsets, full": (models.deepsets, Full(), None),
+}
+"""Model, gradient, points a chunk."""
+PLAIN = {"plain umbc, sampled": 8, "plain umbc, full": None}
+"""Points with gradient."""
 
-    chunks = {"8": sets(8), "256": sets(256), "whole": sets(None)}
 
-    def batch(parts: Parts, count: int) -> list[Example]:
+def rival(name: str) -> Callable[[], None]:
+    """Whole steps of one model, on one thread."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    maker, grad, chunk_size = RIVALS.get(name, (None, None, None))
+    parts = mixtures((100_000, 1, 1), chunk_size=chunk_size)
+
+    def batch(count: int) -> list[Example]:
         return [parts.train[10 * count + i] for i in range(10)]
 
-    found: dict[str, Callable[[], None]] = {}
-    wanted = [
-        ("umbc, sampled", models.umbc_set_transformer, Sampled(1), "8"),
-        ("umbc, full", models.umbc_set_transformer, Full(), "whole"),
-        ("umbc, exact in 4 chunks", models.umbc_set_transformer, Exact(), "256"),
-        ("umbc, subset", models.umbc_set_transformer, Subset(1), "8"),
-        ("sse, sampled", models.sse, Sampled(1), "8"),
-        ("sse, full", models.sse, Full(), "whole"),
-        ("deepsets, sampled", models.deepsets, Sampled(1), "8"),
-        ("deepsets, full", models.deepsets, Full(), "whole"),
-    ]
-    for name, maker, grad, size in wanted:
-        task = clustering_task(2, COMPONENTS, model=maker, grad=grad)
-        task.model.train()
-        found[name] = stepping(task.model, lambda n, t=task, p=chunks[size]: t.batch_loss(batch(p, n), seed=n).backward())
-    for name, points in (("plain umbc, sampled", 8), ("plain umbc, full", None)):
+    if maker is None:
         plain = Plain()
-        found[name] = stepping(
-            plain, lambda n, m=plain, k=points: m.step(torch.stack([e.set.elements for e in batch(chunks["8"], n)]), k)
-        )
-    return found
+        return stepping(plain, lambda n: plain.step(torch.stack([e.set.elements for e in batch(n)]), PLAIN[name]))
+    task = clustering_task(2, COMPONENTS, model=maker, grad=grad)
+    task.model.train()
+    return stepping(task.model, lambda n: task.batch_loss(batch(n), seed=n).backward())
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], object]) -> int:
@@ -192,7 +194,8 @@ def main() -> int:
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    times = best_times(rivals(), rounds=200 if args.full else 40, seconds=300 if args.full else 30)
+    with apart(rival, [*RIVALS, *PLAIN]) as rivals:
+        times = best_times(rivals, rounds=200 if args.full else 40, seconds=300 if args.full else 25)
     table([{"step": name, "ms": 1e3 * seconds / STEPS} for name, seconds in times.items()], title="whole steps, one thread")
     ratio = {
         "sampled / full, umbc": times["umbc, sampled"] / times["umbc, full"],

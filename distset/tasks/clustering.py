@@ -180,8 +180,7 @@ def clustering_task(
 
 def _stacked(sets: Sequence[ChunkedSet]) -> InMemory:
     """Sets of one size and one partition as a batch."""
-    first = sets[0]
-    if not all(isinstance(set, InMemory) and set.sizes == first.sizes for set in sets):
+    first, alike = sets[0], [set for set in sets if isinstance(set, InMemory)]
+    if len(alike) < len(sets) or any(set.bounds != alike[0].bounds for set in alike):
         raise ValueError(f"examples: got sets of other sizes than {first!r}, wanted sets in memory, alike, for one batch")
-    elements = torch.stack([set.elements for set in sets])  # type: ignore[attr-defined]
-    return InMemory(elements, bounds=first.bounds, name=first.name)  # type: ignore[attr-defined]
+    return InMemory(torch.stack([set.elements for set in alike]), bounds=alike[0].bounds, name=first.name)
