@@ -226,9 +226,9 @@ def encode_state(
     condition: Any = None,
 ) -> tuple[Any, Any]:
     """The merged state, carrying its gradient, and the query it was made with; arguments as in `encode_set`."""
-    _check_set(set)
-    _check_batchnorm(encoder)
     grad = Exact() if grad is None else grad
+    _check_call(encoder, set, grad)
+    _check_batchnorm(encoder)
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if encoder.training else 0
     query = encoder.query(set.batch_shape, generator_for(seed, "query"), condition)
@@ -415,9 +415,13 @@ def _full(set: ChunkedSet, sweep: Sweep) -> Any:
     return total.with_sums(tuple(whole + (s - s.detach()) for whole, s in zip(total.summands(total), sums)))
 
 
-def _check_set(set: Any) -> None:
+def _check_call(encoder: Any, set: Any, grad: Any) -> None:
+    if not hasattr(encoder, "query") or not hasattr(encoder, "readout"):  # by attribute: a compiled encoder is wrapped
+        raise ValueError(f"encoder: got {type(encoder).__name__}, wanted a ChunkEncoder, such as UMBC(...), or your own")
     if not isinstance(set, ChunkedSet):
         raise ValueError(f"set: got {type(set).__name__}, wanted a ChunkedSet; wrap a tensor as InMemory(x, chunk_size=...)")
+    if isinstance(grad, type) or not (isinstance(grad, Full) or hasattr(grad, "picks")):
+        raise ValueError(f"grad: got {grad!r}, wanted a strategy (not its class or name), such as Exact() or Sampled(1)")
 
 
 def _check_elements(chunk: Chunk) -> None:

@@ -129,7 +129,7 @@ class Unrolled:
                 _check_first(x, fx)
             trace.append(_rms(fx.detach() - x.detach(), event_ndim))
             x = _flat(advance, x, fx, event_ndim)
-        calm = trace[-1] <= stop.atol + stop.rtol * _rms(x.detach(), event_ndim)
+        calm = trace[-1].isfinite() & (trace[-1] <= stop.atol + stop.rtol * _rms(x.detach(), event_ndim))
         status = torch.where(calm, Status.CONVERGED, Status.NOT_CONVERGED)
         counts = torch.full_like(status, self.steps)
         return Solution(x, status, trace[-1], counts, torch.zeros_like(status), torch.stack(trace))
@@ -221,7 +221,7 @@ def fixed_point(
     """
     grad = Implicit() if grad is None else grad
     stop = Stop() if stop is None else stop
-    _check_call(x0, stop, event_ndim)
+    _check_call(x0, grad, stop, event_ndim)
     solution = grad.solve(step, x0, Plain() if iteration is None else iteration, stop, event_ndim)
     if isinstance(grad, Unrolled) or not (advice := solution.advice()):
         return solution
@@ -335,7 +335,8 @@ class _Progress:
         self.residual = torch.where(good, residual, self.residual)
         self.iterations = torch.where(running, self.count, self.iterations)
         self.period = torch.where(good & cycle, self.count - self.mark_count, self.period)
-        for status, where in ((Status.DIVERGED, ~finite), (Status.CYCLE, cycle), (Status.CONVERGED, converged)):
+        # The last one holds: far out a residual is within its tolerance where both are infinite.
+        for status, where in ((Status.CYCLE, cycle), (Status.CONVERGED, converged), (Status.DIVERGED, ~finite)):
             self.status = torch.where(running & where, status, self.status)
         if self.count & (self.count - 1) == 0:
             self.mark, self.mark_count, self.mark_residual = x, self.count, residual
@@ -419,7 +420,11 @@ def _expand(x: Tensor, event_ndim: int) -> Tensor:
     return x.reshape(*x.shape, *(1,) * event_ndim)
 
 
-def _check_call(x0: Tensor, stop: Stop, event_ndim: int) -> None:
+def _check_call(x0: Tensor, grad: Any, stop: Stop, event_ndim: int) -> None:
+    if not isinstance(grad, Implicit | OneStep | Unrolled):
+        raise ValueError(f"grad: got {grad!r}, wanted a strategy (not its class or name), such as Implicit()")
+    if not isinstance(x0, Tensor):
+        raise ValueError(f"x0: got {type(x0).__name__}, wanted a tensor (*, N)")
     if not x0.is_floating_point():
         raise ValueError(f"x0: got {x0.dtype}, wanted floating-point numbers; use x0.float()")
     if not 0 <= event_ndim <= x0.dim() or x0.numel() == 0:
@@ -428,7 +433,9 @@ def _check_call(x0: Tensor, stop: Stop, event_ndim: int) -> None:
         raise ValueError(f"stop: got {stop}, wanted max_steps >= 1 and tolerances >= 0")
 
 
-def _check_step(x: Tensor, fx: Tensor) -> None:
+def _check_step(x: Tensor, fx: Any) -> None:
+    if not isinstance(fx, Tensor):
+        raise ValueError(f"step: returned {type(fx).__name__}, wanted the tensor that x goes to")
     if fx.shape != x.shape or fx.dtype != x.dtype:
         raise ValueError(
             f"step: made {fx.dtype} {tuple(fx.shape)} of {x.dtype} {tuple(x.shape)}, wanted the same shape and type; give "

@@ -142,6 +142,10 @@ class InMemory(ChunkedSet):
         element_ndim: int = 1,
         name: str = "",
     ) -> None:
+        if not isinstance(elements, Tensor):
+            raise ValueError(
+                f"elements: got {type(elements).__name__}, wanted a tensor (*, N, D); torch.as_tensor makes one"
+            )
         if elements.dim() < element_ndim + 1:
             raise ValueError(
                 f"elements: got shape {tuple(elements.shape)}, wanted (*, N, ...) with {element_ndim} dimensions an "

@@ -230,6 +230,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"set: got Tensor.*InMemory"):
             encode_set(DeepSets(), torch.randn(3, 2))
 
+    @pytest.mark.parametrize("grad", ["exact", Sampled, nn.Linear(2, 2)])
+    def test_what_is_no_strategy(self, grad):
+        with pytest.raises(ValueError, match=r"grad: got .*wanted a strategy"):
+            encode_set(DeepSets(), InMemory(torch.randn(3, 2)), grad=grad)
+
+    def test_what_is_no_encoder(self):
+        with pytest.raises(ValueError, match="encoder: got Linear, wanted a ChunkEncoder"):
+            encode_set(nn.Linear(2, 2), InMemory(torch.randn(3, 2)))
+
     def test_train_mode_batchnorm(self):
         encoder = Features(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), DeepSets())
         with pytest.raises(ValueError, match=r"extractor\.1 is a BatchNorm1d in training mode"):

@@ -52,6 +52,7 @@ def test_pad_sets():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: InMemory([[1.0, 2.0]]), "elements: got list, wanted a tensor"),
         (lambda: InMemory(torch.zeros(0, 3)), "empty set"),
         (lambda: InMemory(torch.zeros(3)), r"wanted \(\*, N, ...\)"),
         (lambda: InMemory(torch.zeros(3, 2), 0), "chunk_size: got 0"),

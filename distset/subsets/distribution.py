@@ -339,7 +339,8 @@ class KSubset(Distribution):
         return rows.reshape((*self._batch_shape, *rows.shape[1:]))
 
     def __repr__(self) -> str:
-        k = int(self.k.flatten()[0]) if self.k.numel() == 1 else "per row"
+        sizes = self.k.unique()
+        k = int(sizes) if len(sizes) == 1 else "per row"
         return f"KSubset(n={self.n:,}, k={k}, batch_shape={tuple(self._batch_shape)})"
 
 

@@ -1,5 +1,6 @@
 """Fixed points: every strategy, iteration and solver against closed forms, dense algebra and finite differences."""
 
+import math
 import warnings
 
 import pytest
@@ -201,6 +202,30 @@ def test_a_first_step_beyond_measure_is_divergence_and_no_randomness():
         solution = fixed_point(lambda x: scale * (x**2 + 0.1), x0)  # 2e29 is finite, its square is not
     assert solution.status.tolist() == [Status.DIVERGED, Status.CONVERGED]
     assert solution.value.isfinite().all()
+
+
+@pytest.mark.parametrize("rate", [2.0, 3.0, 10.0])
+def test_a_point_whose_norm_is_infinite_is_divergence_whatever_its_tolerance(rate):
+    theta = torch.tensor([0.5, 0.3], requires_grad=True)
+    with pytest.warns(FixedPointWarning, match="1 of 1 sets left the finite numbers"):
+        solution = fixed_point(lambda x: rate * x + theta, torch.ones(2), stop=Stop(max_steps=200))
+    assert solution.status.item() == Status.DIVERGED
+    unrolled = fixed_point(lambda x: rate * x + theta, torch.ones(2), grad=Unrolled(math.ceil(45 / math.log(rate))))
+    assert unrolled.status.item() == Status.NOT_CONVERGED
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fixed_point(lambda x: None, torch.ones(2)), "step: returned NoneType"),
+        (lambda: fixed_point(torch.cos, [1.0]), "x0: got list, wanted a tensor"),
+        (lambda: fixed_point(torch.cos, torch.ones(2), grad="implicit"), "grad: got 'implicit', wanted a strategy"),
+        (lambda: fixed_point(torch.cos, torch.ones(2), grad=OneStep), "grad: got .*OneStep.*not its class"),
+    ],
+)
+def test_what_is_no_map_point_or_strategy_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def saved_floats(how):

@@ -67,6 +67,12 @@ def test_forward_mode_and_second_derivatives() -> None:
     close(hessian, covariance)
 
 
+def test_a_subset_says_its_size_where_it_is_the_same_in_all_rows() -> None:
+    logits = torch.zeros(2, 6)
+    assert repr(KSubset(logits, 2)) == "KSubset(n=6, k=2, batch_shape=(2,))"
+    assert repr(KSubset(logits, torch.tensor([2, 3]))) == "KSubset(n=6, k=per row, batch_shape=(2,))"
+
+
 def test_third_derivatives_say_that_they_are_missing() -> None:
     logits = randn(5).requires_grad_()
     (first,) = torch.autograd.grad(KSubset(logits, 2).log_normalizer(), logits, create_graph=True)
