@@ -90,13 +90,14 @@ class GMRES(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """The Jacobian column by column and a direct solve: exact, for a small number of unknowns a set."""
+    """The Jacobian column by column and a direct solve: exact, for a small number of unknowns a set; NaN where singular."""
 
     def __call__(self, vjp: Product, cotangent_BN: Tensor) -> Tensor:
         size = cotangent_BN.shape[-1]
         eye = torch.eye(size, dtype=cotangent_BN.dtype, device=cotangent_BN.device)
         rows = torch.stack([vjp(eye[i].expand_as(cotangent_BN)) for i in range(size)], -2)  # row i: J^T e_i
-        return torch.linalg.solve(eye - rows.mT, cotangent_BN.unsqueeze(-1)).squeeze(-1)
+        u_BN1, failed_B = torch.linalg.solve_ex(eye - rows.mT, cotangent_BN.unsqueeze(-1))
+        return u_BN1.squeeze(-1).masked_fill((failed_B != 0).unsqueeze(-1), torch.nan)
 
 
 def attainable(tol: float, dtype: torch.dtype) -> float:

@@ -204,6 +204,17 @@ def test_a_first_step_beyond_measure_is_divergence_and_no_randomness():
     assert solution.value.isfinite().all()
 
 
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+def test_a_set_whose_solution_has_no_derivative_spoils_no_other(solver):
+    theta = torch.ones(2, 1, dtype=torch.float64, requires_grad=True)
+    rate = torch.tensor([[1.0], [0.5]], dtype=torch.float64)  # the first map is the identity at theta = 1
+    solution = fixed_point(lambda x: rate * x + theta - 1, torch.zeros(2, 1).double(), grad=Implicit(solver), stop=TIGHT)
+    with pytest.warns(FixedPointWarning, match="in 1 of 2 sets"):
+        solution.value.sum().backward()
+    assert theta.grad.isfinite().all()
+    assert theta.grad[1].item() == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("rate", [2.0, 3.0, 10.0])
 def test_a_point_whose_norm_is_infinite_is_divergence_whatever_its_tolerance(rate):
     theta = torch.tensor([0.5, 0.3], requires_grad=True)
