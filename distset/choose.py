@@ -65,7 +65,7 @@ def by_size(logits: Tensor, size: Tensor | int | None = None, mask: Tensor | Non
     offered = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask
     if size is None:
         psi = torch.sigmoid(logits).masked_fill(~offered, 0.0)
-        wanted, rule = psi.sum(-1).round().clamp_min(1).long(), "top psi, size predicted"
+        wanted, rule = psi.sum(-1, dtype=torch.float64).round().clamp_min(1).long(), "top psi, size predicted"
     else:
         wanted, rule = torch.as_tensor(size, device=logits.device).expand(logits.shape[:-1]), "top psi, size known"
     _check_size(wanted, offered)

@@ -24,6 +24,11 @@ def test_threshold_and_sizes():
     assert "predicted" in by_size(LOGITS).rule
 
 
+def test_an_expected_size_beyond_half_precision():
+    logits = torch.full((200_000,), 1.0, dtype=torch.float16)
+    assert int(by_size(logits).chosen.sum()) == pytest.approx(200_000 * torch.sigmoid(torch.ones(())).item(), rel=1e-3)
+
+
 def test_padding_stays_behind_what_is_as_unlikely_as_can_be():
     logits, mask = torch.tensor([9.0, -torch.inf, 1.0]), torch.tensor([False, True, True])
     assert by_size(logits, 2, mask).chosen.tolist() == [False, True, True]
