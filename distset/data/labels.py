@@ -136,6 +136,9 @@ def _text_table(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             reader = csv.DictReader(file, delimiter=delimiter, restval="")
+            names = [name for name in reader.fieldnames or () if name]
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise ValueError(f"{path}: has the column {twice!r} twice; rename or drop one")
             for row in reader:
                 if None in row:
                     raise ValueError(f"{path}, line {reader.line_num}: has more fields than the header; quote its commas")

@@ -67,6 +67,7 @@ def test_each_slide_its_own_case_without_a_case_column(tmp_path):
         ("case_id,slide_id,label\n,a,x\n", "line 2: case_id is empty"),
         ("case_id,slide_id,label\n", "holds no lines"),
         ("case_id,slide_id,label\np,a,x,extra\n", "line 2: has more fields than the header"),
+        ("case_id,slide_id,label,label\np,a,x,y\n", "has the column 'label' twice"),
     ],
 )
 def test_tables_that_are_wrong(tmp_path, text, said):
