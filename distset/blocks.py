@@ -38,8 +38,8 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, *widths: int, activation: nn.Module | None = None, dropout: float = 0.0) -> None:
-        if len(widths) < 2:
-            raise ValueError(f"widths: got {widths}, wanted those of the input, any hidden layers and the output")
+        if len(widths) < 2 or min(widths) < 1:
+            raise ValueError(f"widths: got {widths}, wanted those of the input, any hidden layers and the output, above 0")
         layers: list[nn.Module] = []
         for wide, narrow in pairwise(widths):
             layers += [nn.Linear(wide, narrow), nn.GELU() if activation is None else activation]

@@ -97,8 +97,15 @@ def describe(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
 
 
 def members(config: Config) -> Iterator[tuple[str, Config]]:
-    """The runs that ``folds`` and ``seeds`` ask for, with the names of their folders; the one run ``""`` without."""
+    """The runs that ``folds`` and ``seeds`` ask for, with the names of their folders; the one run ``""`` without.
+
+    Raises:
+        ValueError: for ``folds`` or ``seeds`` that are no list, empty, or hold a number twice.
+    """
     folds, seeds = _folds(config), config["seeds"]
+    for key, wanted in (("folds", folds), ("seeds", seeds)):
+        if wanted is not None and not (isinstance(wanted, list | tuple) and wanted and len({*wanted}) == len(wanted)):
+            raise ValueError(f"{key}: got {wanted!r}, wanted different numbers, such as [0,1,2], or null for one run")
     for fold, seed in itertools.product([None] if folds is None else folds, [None] if seeds is None else seeds):
         own = {**config, "folds": None, "seeds": None}
         names = []

@@ -100,8 +100,11 @@ class UMBC(ChunkEncoder):
         super().__init__()
         dim_out = dim if dim_out is None else dim_out
         check_in("activation", activation, ACTIVATIONS)
-        if slots < 1 or heads < 1 or dim_out % heads:
-            raise ValueError(f"slots, heads: got {slots} and {heads}, wanted at least 1 each, heads dividing {dim_out}")
+        if min(dim, dim_out, slots, heads) < 1 or dim_out % heads:
+            raise ValueError(
+                f"dim, dim_out, slots, heads: got {dim}, {dim_out}, {slots} and {heads}, wanted at least 1 each, heads "
+                f"dividing {dim_out}"
+            )
         if not normalize and activation in ("softmax", "slot-exp"):
             raise ValueError(f"normalize: got False with {activation!r}, whose weights are unbounded; keep True")
         self.slots, self.heads, self.width = slots, heads, dim_out // heads

@@ -60,6 +60,12 @@ def test_seeds_and_folds_make_members():
     assert found["fold-2-seed-5"]["seed"] == 5
 
 
+@pytest.mark.parametrize("seeds", ["[]", "[3,3]", "3"])
+def test_seeds_that_make_no_runs_are_refused(seeds):
+    with pytest.raises(ValueError, match=r"seeds: got .*wanted different numbers"):
+        list(members(composed("task=oracle", f"seeds={seeds}")))
+
+
 def test_the_registry_reports_its_baselines(tmp_path):
     rng = np.random.default_rng(0)
     lines = [" ".join(map(str, 1 + rng.choice(40, rng.integers(3, 6), replace=False))) for _ in range(60)]

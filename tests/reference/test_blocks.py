@@ -270,6 +270,7 @@ def test_mlp_layers():
         (lambda: DiffEM(4, 0), "components, heads, steps: got 0"),
         (lambda: DiffEM(4, 2, tau=-1.0), "tau, floor: got -1"),
         (lambda: MLP(4), r"widths: got \(4,\)"),
+        (lambda: MLP(4, 0, 2), r"widths: got \(4, 0, 2\)"),
     ],
 )
 def test_bad_arguments(make, words):
