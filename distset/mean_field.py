@@ -164,10 +164,13 @@ def field_step(
     last one of a few unrolled steps, in training on some of the elements.
 
     Raises:
-        ValueError: as `mean_field`; for places with a scale that takes the norm over all elements.
+        ValueError: as `mean_field`; for a scale that is not positive; for places with one that takes the norm over all
+            elements.
     """
     if places is not None and not isinstance(scale, Constant | None):
         raise ValueError(f"places: got a scale {scale!r}, which takes the norm over all gains; use Constant(), or no places")
+    if isinstance(scale, tuple) and (value := scale[0]) is not None and not 0 < value < float("inf"):
+        raise ValueError(f"scale: got {scale}, wanted a positive finite number in it")
     check_elements(elements, mask, getattr(utility, "element_ndim", 1))
     if gains is None:
         gains = Smoothed() if isinstance(utility, SumUtility) else Drawn()

@@ -52,8 +52,8 @@ def _check_choice(group: str, choice: str) -> None:
     known = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     if choice not in known:
         close = get_close_matches(choice, known, n=1, cutoff=0.5)
-        hint = f"did you mean {group}={close[0]}? " if close else ""
-        raise ValueError(f"{group}={choice}: there is no such choice; {hint}There are {', '.join(known)}")
+        hint = f"did you mean {group}={close[0]}? There are" if close else "there are"
+        raise ValueError(f"{group}={choice}: there is no such choice; {hint} {', '.join(known)}")
 
 
 def _keys(tree: Any, path: str = "") -> Iterator[tuple[str, bool]]:

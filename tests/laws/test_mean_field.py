@@ -460,6 +460,8 @@ PADDED = torch.tensor([[True] * 4, [True, False, False, False]])
     (lambda: mean_field(small()[0], torch.full((1, 3, 3), torch.nan)), "elements: 3 of 3 have features that are NaN"),
     (lambda: mean_field(small()[0], X, mask=SOME[0]), "mask: got torch.bool .4,., wanted torch.bool .2, 4."),
     (lambda: mean_field(small()[0], torch.randn(17, 3), gains=Enumerated()), "elements: got an offer of 17"),
+    (lambda: mean_field(small()[0], X, scale=L2(-1.0)), r"scale: got L2\(norm=-1.0\), wanted a positive finite number"),
+    (lambda: mean_field(small()[0], X, scale=Constant(float("nan"))), "scale: got Constant"),
     (lambda: Drawn(1), "samples: got 1, wanted at least 2 for 'score'"),
     (lambda: Drawn(5, "exact"), "derivative: got 'exact'"),
     (lambda: Smoothed(0), "samples: got 0"),
