@@ -106,6 +106,10 @@ def plot_lines(
         axes.set_ylim(top=top)
     if log_x:
         axes.set_xscale("log")
+        places = sorted({value for curve in curves for value in curve.x})
+        if len(places) < 10:
+            axes.set_xticks(places, [f"{value:g}" for value in places])
+            axes.minorticks_off()
     axes.set(xlabel=x, ylabel=y)
     axes.set_title(title, loc="left", fontweight="bold")
     axes.legend(fontsize=8)
