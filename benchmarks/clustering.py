@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -130,22 +130,22 @@ PLAIN = {"plain umbc, sampled": 8, "plain umbc, full": None}
 """Points with gradient."""
 
 
+def batch(train: Sequence[Example], count: int) -> list[Example]:
+    return [train[10 * count + i] for i in range(10)]
+
+
 def rival(name: str) -> Callable[[], None]:
     """Whole steps of one model, on one thread."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    maker, grad, chunk_size = RIVALS.get(name, (None, None, None))
-    parts = mixtures((100_000, 1, 1), chunk_size=chunk_size)
-
-    def batch(count: int) -> list[Example]:
-        return [parts.train[10 * count + i] for i in range(10)]
-
-    if maker is None:
-        plain = Plain()
-        return stepping(plain, lambda n: plain.step(torch.stack([e.set.elements for e in batch(n)]), PLAIN[name]))
+    if name in PLAIN:
+        plain, train = Plain(), mixtures((100_000, 1, 1), chunk_size=None).train
+        return stepping(plain, lambda n: plain.step(torch.stack([e.set.elements for e in batch(train, n)]), PLAIN[name]))
+    maker, grad, chunk_size = RIVALS[name]
+    train = mixtures((100_000, 1, 1), chunk_size=chunk_size).train
     task = clustering_task(2, COMPONENTS, model=maker, grad=grad)
     task.model.train()
-    return stepping(task.model, lambda n: task.batch_loss(batch(n), seed=n).backward())
+    return stepping(task.model, lambda n: task.batch_loss(batch(train, n), seed=n).backward())
 
 
 def saved_bytes(model: nn.Module, step: Callable[[], object]) -> int:

@@ -35,6 +35,9 @@ class MLP(nn.Sequential):
         widths: of the input, the hidden layers and the output: at least two.
         activation: a module, put between the layers; GELU if None.
         dropout: probability, after each activation.
+
+    Raises:
+        ValueError: for fewer than two widths, or one below 1.
     """
 
     def __init__(self, *widths: int, activation: nn.Module | None = None, dropout: float = 0.0) -> None:

@@ -193,8 +193,8 @@ def encode_set(
         What ``encoder.readout`` gives, by default ``state.value()``: ``(*, D)`` or ``(*, K, D)``.
 
     Raises:
-        ValueError: for something that is not a `ChunkedSet`, train-mode BatchNorm inside the encoder, more sampled
-            chunks than chunks, elements that require a gradient (except under `Full`).
+        ValueError: for something that is no encoder, `ChunkedSet` or strategy, train-mode BatchNorm inside the encoder,
+            more sampled chunks than chunks, elements that require a gradient (except under `Full`).
 
     Example:
         >>> import torch

@@ -204,8 +204,8 @@ def fixed_point(
         A `Solution`. A set's value does not depend on its companions in the batch.
 
     Raises:
-        ValueError: for a map that changes the shape or type, is not finite at ``x0``, or gives another value when
-            evaluated again; for a bad ``stop`` or ``event_ndim``.
+        ValueError: for a map that gives no tensor, changes the shape or type, is not finite at ``x0``, or gives another
+            value when evaluated again; for a bad ``x0``, ``grad``, ``stop`` or ``event_ndim``.
         RuntimeError: where ``throw`` is set and a set does not converge.
 
     Example:
@@ -421,7 +421,7 @@ def _expand(x: Tensor, event_ndim: int) -> Tensor:
 
 
 def _check_call(x0: Tensor, grad: Any, stop: Stop, event_ndim: int) -> None:
-    if not isinstance(grad, Implicit | OneStep | Unrolled):
+    if isinstance(grad, type) or not hasattr(grad, "solve"):
         raise ValueError(f"grad: got {grad!r}, wanted a strategy (not its class or name), such as Implicit()")
     if not isinstance(x0, Tensor):
         raise ValueError(f"x0: got {type(x0).__name__}, wanted a tensor (*, N)")

@@ -24,6 +24,7 @@ References:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -131,7 +132,8 @@ def mean_field(
         generator: of the draws; seed 0 if None.
 
     Raises:
-        ValueError: for features that are not finite, a mask that does not fit, a map that is not finite.
+        ValueError: for features that are not finite, a mask that does not fit, a scale that is not positive, a map that is
+            not finite.
 
     Example:
         >>> import torch
@@ -164,13 +166,13 @@ def field_step(
     last one of a few unrolled steps, in training on some of the elements.
 
     Raises:
-        ValueError: as `mean_field`; for a scale that is not positive; for places with one that takes the norm over all
-            elements.
+        ValueError: as `mean_field`; for places with a scale that takes the norm over all elements.
     """
     if places is not None and not isinstance(scale, Constant | None):
         raise ValueError(f"places: got a scale {scale!r}, which takes the norm over all gains; use Constant(), or no places")
-    if isinstance(scale, tuple) and (value := scale[0]) is not None and not 0 < value < float("inf"):
-        raise ValueError(f"scale: got {scale}, wanted a positive finite number in it")
+    for figure in scale if isinstance(scale, Scale) else ():
+        if figure is not None and not 0 < figure < math.inf:
+            raise ValueError(f"scale: got {scale}, wanted a positive finite number in it")
     check_elements(elements, mask, getattr(utility, "element_ndim", 1))
     if gains is None:
         gains = Smoothed() if isinstance(utility, SumUtility) else Drawn()

@@ -206,7 +206,7 @@ def _measure(row: Row, folder: Path) -> dict[str, Any]:
         steps.append(metrics["steps"])
         baselines.append(metrics.get("baselines", {}))
     keys = dict.fromkeys(key for own in figures for key, value in own.items() if value is not None)
-    rules = [rule for rule in (baselines or [{}])[0] if all(rule in own for own in baselines)]  # older runs may lack some
+    rules = [rule for rule in baselines[0] if all(rule in own for own in baselines)] if baselines else []  # older: fewer
     return {
         "values": {key: [own.get(key) for own in figures] for key in keys},
         "diverged": figures.count({}),

@@ -108,7 +108,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers and rows of a table of text.
 
     Raises:
-        ValueError: for a file that is missing, of an unknown kind, or not a table.
+        ValueError: for a file that is missing, of an unknown kind, or not a table; for text with a column twice.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, wanted a table (.csv, .tsv, .parquet, .xlsx)")

@@ -70,7 +70,7 @@ class UMBC(ChunkEncoder):
         ``(*, K, dim_out)``.
 
     Raises:
-        ValueError: for an unknown activation, heads that do not divide ``dim_out``, unnormalised softmax.
+        ValueError: for an unknown activation, sizes below 1, heads that do not divide ``dim_out``, unnormalised softmax.
 
     Example:
         >>> import torch

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the check itself gives up, with the driver's log, after 500 s
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 DRIVER = Path(__file__).with_name("chaos_driver.py")
 LAYOUTS = {"two workers": (2, 0, 1), "a worker, two actors": (1, 2, 1), "two workers a set": (2, 0, 2)}
 """Workers, actors of each, workers a set."""
@@ -130,7 +130,7 @@ def run(machines: Machines, folder: Path, layout: str, deaths: list[Death], draw
     """Train to the end whatever dies; returns what died."""
     folder.mkdir()
     driver, died, waiting = machines.start(folder, layout), [], list(deaths)
-    end = time.monotonic() + 500
+    end = time.monotonic() + 270  # a test has two runs: this says why before its own time is over
     while not (folder / "history.json").exists():
         assert time.monotonic() < end, f"not done; died so far: {died}\n{(folder / 'driver.log').read_text()[-2000:]}"
         if driver.poll() is not None:
