@@ -67,6 +67,31 @@ def test_the_simple_rule_is_that_of_sklearn(reviews):
     assert parts.baselines["naive_bayes"] == pytest.approx(want)
 
 
+@pytest.mark.parametrize("maker", MAKERS)
+def test_vectors_of_words_are_held(reviews, maker):
+    """The training reviews give them, the model keeps them through a step, and its gradient in all else is the same."""
+    parts = movie_reviews(str(reviews), vocabulary=5, chunk_size=4, vectors=3)
+    vectors = parts.facts["vectors"]
+    assert vectors.shape == (parts.facts["words"], 3)
+    other = movie_reviews(str(reviews), fold=5, vocabulary=5, vectors=3).facts["vectors"]
+    assert not torch.equal(vectors, other), "they come from the training reviews alone"
+    task = document_task(**parts.facts, model=functools.partial(maker, width=8), grad=Exact())
+    (table,) = (module for module in task.model.modules() if isinstance(module, torch.nn.Embedding))
+    optimiser = torch.optim.AdamW(task.model.parameters(), lr=0.1, weight_decay=0.1)
+    task.loss(parts.train[0], seed=0).backward()
+    optimiser.step()
+    assert table.weight.grad is None
+    assert torch.equal(table.weight, vectors)
+    assert all(p.grad is not None for p in task.model.parameters() if p is not table.weight)
+
+
+def test_vectors_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"vectors: got \(4, 3\), wanted one row for each of the 5 words"):
+        models.WordNetwork(5, 8, vectors=torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="vectors: got a width of 3 for depth=0 and width=8"):
+        models.WordNetwork(5, 8, depth=0, vectors=torch.zeros(5, 3))
+
+
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_loss_and_f1_against_torch_and_sklearn(multi_label):
     task = small_task(models.deepsets, multi_label=multi_label)

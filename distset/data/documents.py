@@ -4,6 +4,7 @@ References:
     Pang, Lee: A Sentimental Education. ACL 2004 (polarity data set 2.0).
     Chalkidis et al.: Large-Scale Multi-Label Text Classification on EU Legislation. ACL 2019.
     Park, Vyas, Shah: Efficient Classification of Long Documents Using Transformers. ACL 2022 (inverted EURLEX).
+    Deerwester et al.: Indexing by Latent Semantic Analysis. JASIS 41 (1990).
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Documents", "Vocabulary", "read_eurlex", "read_movie_reviews"]
+from distset.data.schema import need
+
+__all__ = ["Documents", "Vocabulary", "read_eurlex", "read_movie_reviews", "word_vectors"]
 
 PARTS = ("train", "dev", "test")
 REVIEW = re.compile(r"(neg|pos)/cv(\d)\d\d_[^/]*\.txt$")
@@ -83,6 +86,39 @@ class Vocabulary:
     def ids(self, words: Sequence[str]) -> NDArray[np.int64]:
         """The numbers of words, int64 ``(N)``."""
         return np.array([self._number.get(word, 0) for word in words], np.int64)
+
+
+def word_vectors(documents: Sequence[NDArray[np.int64]], words: int, width: int) -> NDArray[np.float32]:
+    """Vectors of words by latent semantic analysis: close where words are found in the same documents; no label is seen.
+
+    The rows of ``V S`` of the truncated singular value decomposition of the documents' tf-idf (1 + log of the counts,
+    documents of length 1), each of length 1; a word that no document holds is 0.
+
+    Args:
+        documents: numbers of words, below ``words``.
+        words: in the vocabulary.
+        width: of a vector, below the number of documents and of words.
+
+    Returns:
+        ``(words, width)``, the same on every call.
+
+    Raises:
+        ValueError: for a width that does not fit.
+    """
+    if not 0 < width < min(len(documents), words):
+        raise ValueError(
+            f"vectors: got a width of {width} from {len(documents)} documents of {words} words, wanted 1 to "
+            f"{min(len(documents), words) - 1}"
+        )
+    csr_matrix = need("scipy.sparse").csr_matrix
+    ends = np.cumsum([0, *map(len, documents)])
+    counts = csr_matrix((np.ones(ends[-1]), np.concatenate(documents), ends), shape=(len(documents), words))
+    counts.sum_duplicates()
+    tfidf = need("sklearn.feature_extraction.text").TfidfTransformer(sublinear_tf=True).fit_transform(counts)
+    analysis = need("sklearn.decomposition").TruncatedSVD(width, random_state=0).fit(tfidf)
+    vectors = analysis.components_.T * analysis.singular_values_
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(length > 1e-9, length, np.inf)).astype(np.float32)
 
 
 def read_movie_reviews(path: str | Path) -> tuple[Documents, NDArray[np.int64]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distset.data.documents import Documents, Vocabulary, read_eurlex, read_movie_reviews
+from distset.data.documents import Documents, Vocabulary, read_eurlex, read_movie_reviews, word_vectors
 from distset.seeds import generator_for
 from distset.sets import InMemory
 from distset.task import LazyExamples
@@ -18,8 +18,9 @@ __all__ = ["eurlex", "movie_reviews"]
 
 
 def movie_reviews(
-    path: str, *, fold: int = 0, vocabulary: int = 10_000, chunk_size: int | None = 100, seed: int = 0
-) -> Parts:
+    path: str, *, fold: int = 0, vocabulary: int = 10_000, chunk_size: int | None = 100, vectors: int | None = None,
+    seed: int = 0,
+) -> Parts:  # fmt: skip
     """The reviews in their ten folds: ``fold`` is tested, the next one validates, the others train.
 
     Args:
@@ -27,6 +28,8 @@ def movie_reviews(
         fold: 0 to 9.
         vocabulary: words known, the most frequent of the training reviews.
         chunk_size: words a chunk, of which `Sampled` and `Subset` draw; None for whole documents.
+        vectors: width of the vectors of words that the training reviews give beforehand, by `word_vectors`, and that the
+            model then holds; None where it learns its own.
         seed: of the order of the words, which says nothing to a set but makes every chunk a fair sample.
     """
     if fold not in range(10):
@@ -36,7 +39,7 @@ def movie_reviews(
     parts = [
         reviews.take(np.flatnonzero(own).tolist()) for own in ((folds != fold) & (folds != val), folds == val, folds == fold)
     ]
-    return _parts(parts, vocabulary, chunk_size, seed, multi_label=False)
+    return _parts(parts, vocabulary, chunk_size, vectors, seed, multi_label=False)
 
 
 def eurlex(
@@ -46,11 +49,16 @@ def eurlex(
     limit: int | None = None,
     vocabulary: int = 30_000,
     chunk_size: int | None = 200,
+    vectors: int | None = None,
     seed: int = 0,
 ) -> Parts:
-    """EURLEX57K in its published parts, sections inverted, all concepts as classes; see `read_eurlex`."""
+    """EURLEX57K in its published parts, sections inverted, all concepts as classes; see `read_eurlex`.
+
+    ``vectors`` as in `movie_reviews`.
+    """
     read = read_eurlex(path, inverted=inverted, limit=limit)
-    return _parts([read[part] for part in ("train", "dev", "test")], vocabulary, chunk_size, seed, multi_label=True)
+    parts = [read[part] for part in ("train", "dev", "test")]
+    return _parts(parts, vocabulary, chunk_size, vectors, seed, multi_label=True)
 
 
 class _Words(LazyExamples):
@@ -72,10 +80,14 @@ class _Words(LazyExamples):
         return Example(set, self.targets[index])
 
 
-def _parts(documents: Sequence[Documents], size: int, chunk_size: int | None, seed: int, *, multi_label: bool) -> Parts:
+def _parts(
+    documents: Sequence[Documents], size: int, chunk_size: int | None, vectors: int | None, seed: int, *, multi_label: bool
+) -> Parts:
     vocabulary = Vocabulary(documents[0].words, size=size)
     train, val, test = (_Words(part, vocabulary, chunk_size, seed) for part in documents)
     facts: dict[str, Any] = {"words": len(vocabulary), "classes": documents[0].classes, "multi_label": multi_label}
+    if vectors is not None:
+        facts["vectors"] = torch.from_numpy(word_vectors([ids.numpy() for ids in train.ids], len(vocabulary), vectors))
     baselines = {} if multi_label else {"naive_bayes": _naive_bayes(train, test, len(vocabulary))}
     return Parts(train, val, test, facts, baselines)
 

@@ -1,12 +1,13 @@
 """The models of long documents as pairs of an encoder of words and a head.
 
-Arguments they share: ``words`` in the vocabulary and ``outputs`` follow from the data; ``width`` of all layers; ``depth``,
-linear layers of a word's network, 2 as published; ``dropout`` after the set. Before it there is none, so that sweeps may
-take many small chunks at once.
+Arguments they share: ``words`` in the vocabulary, ``outputs`` and ``vectors`` (of the words, to be held; None: they are
+learnt) follow from the data; ``width`` of all layers; ``depth``, linear layers of a word's network, 2 as published;
+``dropout`` after the set. Before it there is none, so that sweeps may take many small chunks at once.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,25 @@ class WordNetwork(nn.Module):
         words: in the vocabulary.
         width: of embedding and layers.
         depth: linear layers; 0 for the embedding alone.
+        vectors: ``(words, any width)``, held as the embedding; None: it is learnt, ``width`` wide.
+
+    Raises:
+        ValueError: for vectors that do not fit.
     """
 
-    def __init__(self, words: int, width: int, *, depth: int = 2) -> None:
+    def __init__(self, words: int, width: int, *, depth: int = 2, vectors: Tensor | None = None) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(words, width)
-        # BERT's scale: the layer norm undoes it, but a step of the optimiser turns a small vector further.
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        layers: list[nn.Module] = [nn.LayerNorm(width)]
-        for _ in range(depth):
-            layers += [nn.Linear(width, width), nn.ReLU(inplace=True)]
+        if vectors is None:
+            self.embedding = nn.Embedding(words, width)
+            # BERT's scale: the layer norm undoes it, but a step of the optimiser turns a small vector further.
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        else:
+            _check_vectors(vectors, words, width, depth)
+            self.embedding = nn.Embedding.from_pretrained(vectors.clone())
+        widths = [self.embedding.embedding_dim, *[width] * depth]
+        layers: list[nn.Module] = [nn.LayerNorm(widths[0])]
+        for before, after in itertools.pairwise(widths):
+            layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, words: Tensor) -> Tensor:
@@ -97,9 +107,11 @@ class SlotBert(nn.Module):
         return out.view(*slots.shape[:-2], -1)
 
 
-def deepsets(words: int, outputs: int, *, width: int = 64, depth: int = 2, dropout: float = 0.0) -> Parts:
+def deepsets(
+    words: int, outputs: int, *, width: int = 64, depth: int = 2, dropout: float = 0.0, vectors: Tensor | None = None
+) -> Parts:
     """The mean of the words' features, and an MLP: a bag of words."""
-    encoder = DeepSets(WordNetwork(words, width, depth=depth))
+    encoder = DeepSets(WordNetwork(words, width, depth=depth, vectors=vectors))
     return in_blocks(encoder, BLOCK), MLP(width, width, width, outputs, dropout=dropout)
 
 
@@ -113,10 +125,11 @@ def sse(
     heads: int = 1,
     activation: str = "slot-sigmoid",
     dropout: float = 0.0,
+    vectors: Tensor | None = None,
 ) -> Parts:
     """Slot set encoder, its slots averaged, and an MLP."""
     pool = SSE(width, slots, heads=heads, activation=activation, normalize=True, layer_norm=True)
-    encoder = Features(WordNetwork(words, width, depth=depth), pool)
+    encoder = Features(WordNetwork(words, width, depth=depth, vectors=vectors), pool)
     return in_blocks(encoder, BLOCK), MLP(width, width, width, outputs, dropout=dropout)
 
 
@@ -133,11 +146,12 @@ def umbc_bert(
     bert_heads: int = 4,
     dropout: float = 0.1,
     weights: str | None = None,
+    vectors: Tensor | None = None,
 ) -> Parts:
     """UMBC, then BERT without positions over the slots (needs the package transformers)."""
     bert = SlotBert(width, slots, layers=bert_layers, heads=bert_heads, dropout=dropout, weights=weights)
     head = nn.Sequential(bert, nn.Dropout(dropout), nn.Linear(width, outputs))
-    return _slots(words, width, depth, slots, heads, activation), head
+    return _slots(words, width, depth, slots, heads, activation, vectors), head
 
 
 def umbc_set_transformer(
@@ -151,16 +165,28 @@ def umbc_set_transformer(
     activation: str = "slot-sigmoid",
     blocks: int = 1,
     dropout: float = 0.1,
+    vectors: Tensor | None = None,
 ) -> Parts:
     """UMBC, then a Set Transformer over the slots."""
-    return _slots(words, width, depth, slots, heads, activation), SetTransformer(
+    return _slots(words, width, depth, slots, heads, activation, vectors), SetTransformer(
         width, outputs, blocks=blocks, dropout=dropout
     )
 
 
-def _slots(words: int, width: int, depth: int, slots: int, heads: int, activation: str) -> ChunkEncoder:
+def _slots(
+    words: int, width: int, depth: int, slots: int, heads: int, activation: str, vectors: Tensor | None
+) -> ChunkEncoder:
     pool = UMBC(width, slots, heads=heads, activation=activation, layer_norm=True)
-    return in_blocks(Features(WordNetwork(words, width, depth=depth), pool), BLOCK)
+    return in_blocks(Features(WordNetwork(words, width, depth=depth, vectors=vectors), pool), BLOCK)
+
+
+def _check_vectors(vectors: Tensor, words: int, width: int, depth: int) -> None:
+    if vectors.dim() != 2 or len(vectors) != words:
+        raise ValueError(f"vectors: got {tuple(vectors.shape)}, wanted one row for each of the {words} words")
+    if depth == 0 and vectors.shape[1] != width:
+        raise ValueError(
+            f"vectors: got a width of {vectors.shape[1]} for depth=0 and width={width}, wanted the same width or depth=1"
+        )
 
 
 def _transformers() -> Any:

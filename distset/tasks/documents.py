@@ -88,16 +88,25 @@ class DocumentTask:
 
 
 def document_task(
-    words: int, classes: Sequence[str], multi_label: bool, *, model: Maker, grad: Any = None, seed: int = 0
+    words: int,
+    classes: Sequence[str],
+    multi_label: bool,
+    *,
+    model: Maker,
+    vectors: Tensor | None = None,
+    grad: Any = None,
+    seed: int = 0,
 ) -> DocumentTask:
     """A task from plain configuration.
 
     Args:
         words, classes, multi_label: of the documents; they follow from the data.
-        model: ``model(words=..., outputs=...)`` gives an encoder and a head.
+        model: ``model(words=..., outputs=...)`` gives an encoder and a head; where there are ``vectors``, it is given those.
+        vectors: of the words, ``(words, any width)``, which the model holds instead of learning its own.
         grad: the gradient strategy.
         seed: of the initial weights.
     """
+    held = {} if vectors is None else {"vectors": vectors}
     with seeded(seed, torch.device("cpu")):
-        encoder, head = model(words=words, outputs=len(classes))
+        encoder, head = model(words=words, outputs=len(classes), **held)
     return DocumentTask(SetModel(encoder, head, grad), words=words, classes=classes, multi_label=multi_label)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import zipfile
 
+import numpy as np
 import pytest
 
-from distset.data.documents import Vocabulary, read_eurlex, read_movie_reviews
+from distset.data.documents import Vocabulary, read_eurlex, read_movie_reviews, word_vectors
 
 
 def reviews(path):
@@ -89,3 +90,21 @@ def test_vocabulary_keeps_the_most_frequent_words():
     assert vocabulary.words == ["<unknown>", "c", "b"]
     assert vocabulary.ids(["a", "b", "c"]).tolist() == [0, 2, 1]
     assert len(Vocabulary([["a", "b", "b"]], least=2)) == 2
+
+
+def test_vectors_of_words_against_a_dense_decomposition():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 12, n) for n in (5, 9, 14, 3, 8, 11)]  # of 13 words; 0 and 12 are in none
+    found = word_vectors(documents, 13, 4)
+    counts = np.stack([np.bincount(ids, minlength=13) for ids in documents])
+    idf = np.log((1 + len(documents)) / (1 + (counts > 0).sum(0))) + 1
+    tfidf = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0) * idf
+    tfidf /= np.linalg.norm(tfidf, axis=1, keepdims=True)
+    _, scale, right = np.linalg.svd(tfidf, full_matrices=False)
+    wanted = right[:4].T * scale[:4]
+    wanted[1:12] /= np.linalg.norm(wanted[1:12], axis=1, keepdims=True)
+    np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, atol=1e-5)  # axes may be turned round
+    assert (found[[0, 12]] == 0).all()
+    assert (found == word_vectors(documents, 13, 4)).all()
+    with pytest.raises(ValueError, match="vectors: got a width of 6 from 6 documents of 13 words, wanted 1 to 5"):
+        word_vectors(documents, 13, 6)
