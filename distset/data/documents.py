@@ -1,4 +1,4 @@
-"""Long documents as bags of words: movie reviews, EURLEX57K, and the vocabulary that turns words into numbers.
+"""Long documents as bags of words: movie reviews, EURLEX57K, the vocabulary that numbers words, and vectors of words.
 
 References:
     Pang, Lee: A Sentimental Education. ACL 2004 (polarity data set 2.0).

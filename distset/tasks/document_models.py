@@ -33,7 +33,7 @@ class WordNetwork(nn.Module):
         words: in the vocabulary.
         width: of embedding and layers.
         depth: linear layers; 0 for the embedding alone.
-        vectors: ``(words, any width)``, held as the embedding; None: it is learnt, ``width`` wide.
+        vectors: ``(words, any width)``, held as the embedding (frozen); None: it is learnt, ``width`` wide.
 
     Raises:
         ValueError: for vectors that do not fit.
